@@ -1,0 +1,27 @@
+"""The Gemma-2 feed-forward block (GeGLU) for JAX and Flax."""
+
+from gemma_mlp import checks, linen, nnx
+from gemma_mlp.activations import ACTIVATIONS
+from gemma_mlp.block import mlp, mlp_block, mlp_hidden
+from gemma_mlp.config import PRESETS, MLPConfig
+from gemma_mlp.feed_forward import feed_forward, hidden_activations
+from gemma_mlp.params import MLPBlockParams, MLPParams, RMSNormParams
+from gemma_mlp.rms_norm import rms_norm
+
+__all__ = [
+    "ACTIVATIONS",
+    "PRESETS",
+    "MLPBlockParams",
+    "MLPConfig",
+    "MLPParams",
+    "RMSNormParams",
+    "checks",
+    "feed_forward",
+    "hidden_activations",
+    "linen",
+    "mlp",
+    "mlp_block",
+    "mlp_hidden",
+    "nnx",
+    "rms_norm",
+]

@@ -1,0 +1,121 @@
+"""The configuration of one Gemma feed-forward block, and the published sizes by name."""
+
+import dataclasses
+import math
+import operator
+import types
+from typing import Any, Literal, get_args
+
+from gemma_mlp.activations import ACTIVATIONS, Activation
+from gemma_mlp.checks import require
+from gemma_mlp.dtypes import dtype_name
+
+Save = Literal["input", "gate_up", "autodiff"]
+
+
+@dataclasses.dataclass(frozen=True)
+class MLPConfig:
+    """Sizes and numerics of one feed-forward block.
+
+    Attributes:
+      embed_dim: D, the width of the residual stream.
+      hidden_dim: F, the width of one branch. The Gemma 2 report (arXiv:2408.00118, table 1) prints gate and
+        up together, that is 2F.
+      activation: the gate's activation; one of Shazeer's GLU family (arXiv:2002.05202).
+      use_bias: adds a bias to each of the three projections. Gemma has none.
+      dropout_rate: the share of hidden activations set to zero in training, in [0, 1). Gemma uses 0.
+      dtype: what the products take and what the MLP returns; None: the common type of parameters and input.
+      param_dtype: what the parameters are initialised in and kept in.
+      norm_eps: added to the mean square in the block's two norms.
+      post_norm: whether the block normalises the MLP's output before it joins the residual stream, as
+        Gemma 2 and 3 do and Gemma 1 does not.
+      save: what the backward pass keeps; see :func:`gemma_mlp.feed_forward`.
+
+    Raises:
+      ValueError: at construction, for any value outside what is said here.
+    """
+
+    embed_dim: int
+    hidden_dim: int
+    activation: Activation = "gelu_tanh"
+    use_bias: bool = False
+    dropout_rate: float = 0.0
+    dtype: Any = None
+    param_dtype: Any = "float32"
+    norm_eps: float = 1e-6
+    post_norm: bool = True
+    save: Save = "input"
+
+    def __post_init__(self):
+        for name in ("embed_dim", "hidden_dim"):
+            object.__setattr__(self, name, positive_int(name, getattr(self, name)))
+        for name in ("use_bias", "post_norm"):
+            value = getattr(self, name)
+            require(isinstance(value, bool), f"{name} is True or False.", repr(value), "pass a bool.")
+        require_choice("activation", self.activation, ACTIVATIONS)
+        require_choice("save", self.save, get_args(Save))
+        require_dropout_rate(self.dropout_rate)
+        require(
+            is_real(self.norm_eps) and self.norm_eps > 0,
+            "norm_eps is a positive finite number.",
+            repr(self.norm_eps),
+            "Gemma uses 1e-6.",
+        )
+        if self.dtype is not None:
+            object.__setattr__(self, "dtype", dtype_name("dtype", self.dtype))
+        object.__setattr__(self, "param_dtype", dtype_name("param_dtype", self.param_dtype))
+
+
+def positive_int(name: str, value: Any) -> int:
+    """`value` as an int, if it is a whole number of at least 1."""
+    rule, fix = f"{name} is a whole number of at least 1.", "give the size as a positive int."
+    require(not isinstance(value, bool) and hasattr(value, "__index__"), rule, repr(value), fix)
+    require(operator.index(value) >= 1, rule, repr(value), fix)
+    return operator.index(value)
+
+
+def is_real(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def require_choice(name: str, value: Any, choices: Any) -> None:
+    known = isinstance(value, str) and value in choices
+    require(known, f"{name} is one of {', '.join(choices)}.", repr(value), "use one of these names.")
+
+
+def require_dropout_rate(rate: Any) -> None:
+    require(
+        is_real(rate) and 0 <= rate < 1,
+        "dropout_rate is a number in [0, 1).",
+        repr(rate),
+        "it is the share of hidden activations that is dropped; 0 switches dropout off.",
+    )
+
+
+class _Presets(dict[str, MLPConfig]):
+    def __missing__(self, name: str):
+        raise KeyError(f"No preset is called {name!r}. Known presets: {', '.join(self)}.")
+
+
+def _preset(embed_dim: int, hidden_dim: int, **overrides: Any) -> MLPConfig:
+    return MLPConfig(embed_dim, hidden_dim, dtype="bfloat16", **overrides)
+
+
+# (embed_dim, hidden_dim of one branch) per published model, bfloat16 compute over float32 parameters.
+PRESETS: types.MappingProxyType[str, MLPConfig] = types.MappingProxyType(
+    _Presets(
+        # Gemma 1 report (arXiv:2403.08295), table 1, which prints 2F; no norm after the MLP.
+        gemma1_2b=_preset(2048, 16384, post_norm=False),
+        gemma1_7b=_preset(3072, 24576, post_norm=False),
+        # Gemma 2 report (arXiv:2408.00118), table 1, which prints 2F: 18432, 28672, 73728.
+        gemma2_2b=_preset(2304, 9216),
+        gemma2_9b=_preset(3584, 14336),
+        gemma2_27b=_preset(4608, 36864),
+        # Gemma 3: `hidden_size` and `intermediate_size` of the released text configs.
+        gemma3_270m=_preset(640, 2048),
+        gemma3_1b=_preset(1152, 6912),
+        gemma3_4b=_preset(2560, 10240),
+        gemma3_12b=_preset(3840, 15360),
+        gemma3_27b=_preset(5376, 21504),
+    )
+)

@@ -1,0 +1,117 @@
+"""The public feed-forward: checks at the edge, then the kernel."""
+
+from typing import Any, get_args
+
+import chex
+from jaxtyping import Array, Float, Key
+
+from gemma_mlp.activations import ACTIVATIONS, Activation
+from gemma_mlp.checks import describe, ensure_finite, explained, require
+from gemma_mlp.config import Save, require_choice, require_dropout_rate
+from gemma_mlp.dtypes import compute_dtype
+from gemma_mlp.kernels import xla
+from gemma_mlp.params import MLPParams
+
+
+def feed_forward(
+    params: MLPParams,
+    x: Float[Array, "*B D"],
+    *,
+    activation: Activation = "gelu_tanh",
+    dtype: Any = None,
+    dropout_rate: float = 0.0,
+    dropout_key: Key[Array, ""] | None = None,
+    save: Save = "input",
+) -> Float[Array, "*B D"]:
+    """y = dropout(activation(x W_gate + b_gate) * (x W_up + b_up)) W_down + b_down.
+
+    With `gelu_tanh` and no biases this is Gemma's MLP (arXiv:2403.08295, section 2; Hugging Face's
+    `Gemma2MLP`); the other activations give the rest of the GLU family (Shazeer, arXiv:2002.05202).
+
+    Every product takes operands in the compute dtype and accumulates in float32, or as
+    `jax.default_matmul_precision` says where the operands are float32; element-wise work is float32. h, y and
+    what the backward pass keeps are rounded once to the compute dtype. Gradients come in the dtype of what
+    they belong to.
+
+    Args:
+      params: weights, stored (in, out): [D, F], [D, F], [F, D]; cast to the compute dtype for the products.
+      x: any leading axes, none and empty ones too: [*B, D].
+      activation: `gelu_tanh` (GEGLU as Gemma has it), `gelu` (GEGLU, erf), `silu` (SwiGLU), `relu` (ReGLU),
+        `sigmoid` (GLU), `identity` (Bilinear).
+      dtype: the compute dtype and the result's: bfloat16, float32 or, in JAX's 64-bit mode, float64. None: the
+        common type of `params` and `x`.
+      dropout_rate: the share of h that is set to zero, the rest being divided by 1 - dropout_rate. 0, as at
+        evaluation, needs no key.
+      dropout_key: draws the mask of a positive dropout_rate.
+      save: what the backward pass keeps beside `params` and `x`. `input`: nothing; gate and up are computed
+        again, two products more. `gate_up`: gate and up in the compute dtype, two [*B, F]. Both support
+        reverse mode and forward-over-reverse alone. `autodiff`: what JAX's own differentiation keeps
+        (eight [*B, F] in bfloat16); forward mode (`jax.jvp`, `jax.jacfwd`) works, and bfloat16 gradients are
+        rounded at more places.
+
+    Returns:
+      y, [*B, D], in the compute dtype.
+
+    Raises:
+      ValueError: if shapes do not fit together, a dtype is not supported, or an option is not one of those
+        named.
+    """
+    op = _checked_op(params, x, activation, dtype, dropout_rate, dropout_key, save)
+    params, x = ensure_finite("params", params), ensure_finite("x", x)
+    return ensure_finite("y", xla.feed_forward(op, params, x, dropout_key))
+
+
+def hidden_activations(
+    params: MLPParams,
+    x: Float[Array, "*B D"],
+    *,
+    activation: Activation = "gelu_tanh",
+    dtype: Any = None,
+    dropout_rate: float = 0.0,
+    dropout_key: Key[Array, ""] | None = None,
+) -> Float[Array, "*B F"]:
+    """h = dropout(activation(x W_gate + b_gate) * (x W_up + b_up)): what :func:`feed_forward` projects down.
+
+    For those who study it: arguments and errors are those of :func:`feed_forward`.
+
+    Returns:
+      h, [*B, F], in the compute dtype.
+    """
+    op = _checked_op(params, x, activation, dtype, dropout_rate, dropout_key, "autodiff")
+    return xla.hidden(op, params, x, dropout_key)
+
+
+def _checked_op(params, x, activation, dtype, dropout_rate, dropout_key, save) -> xla.Op:
+    require_choice("activation", activation, ACTIVATIONS)
+    require_choice("save", save, get_args(Save))
+    require_dropout_rate(dropout_rate)
+    arrays = {name: array for name, array in vars(params).items() if array is not None}
+    dtype = compute_dtype(dtype, x=x, **arrays)
+    _check_shapes(arrays, x)
+    require(
+        dropout_rate == 0 or dropout_key is not None,
+        "Dropout draws its mask from a key.",
+        f"dropout_rate {dropout_rate} and no dropout_key",
+        "pass a dropout_key in training, dropout_rate=0 at evaluation.",
+    )
+    return xla.Op(activation, dtype, dropout_rate, save)
+
+
+def _check_shapes(arrays: dict[str, Any], x: Any) -> None:
+    received = ", ".join(f"{name} {describe(array)}" for name, array in {"x": x, **arrays}.items())
+    biases = [name for name in arrays if name.endswith("_bias")]
+    require(len(biases) in (0, 3), "The biases are all given or all None.", received, "give the missing ones as zeros.")
+    with explained(
+        "x is [*B, D], gate_proj and up_proj are [D, F], down_proj is [F, D], gate_bias and up_bias are [F], "
+        "down_bias is [D].",
+        received,
+        "weights are stored (in, out); transpose those of a torch checkpoint, and check embed_dim and hidden_dim.",
+    ):
+        chex.assert_rank(arrays["gate_proj"], 2)
+        embed_dim, hidden_dim = arrays["gate_proj"].shape
+        chex.assert_shape(x, (..., embed_dim))
+        chex.assert_shape(arrays["up_proj"], (embed_dim, hidden_dim))
+        chex.assert_shape(arrays["down_proj"], (hidden_dim, embed_dim))
+        if biases:
+            chex.assert_shape([arrays["gate_bias"], arrays["up_bias"]], (hidden_dim,))
+            chex.assert_shape(arrays["down_bias"], (embed_dim,))

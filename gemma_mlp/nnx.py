@@ -1,0 +1,117 @@
+"""The NNX shell: modules that hold and name parameters. The arithmetic is in the functional core."""
+
+from flax import nnx
+from jaxtyping import Array, Float
+
+from gemma_mlp.block import add_branch, mlp, mlp_hidden
+from gemma_mlp.config import MLPConfig
+from gemma_mlp.params import MLPParams, ParamSpec, RMSNormParams
+from gemma_mlp.rms_norm import rms_norm
+
+
+class MLP(nnx.Module):
+    """Gemma's gated MLP; formula, shapes and errors as in :func:`gemma_mlp.feed_forward`.
+
+    Parameters are `gate_proj` [D, F], `up_proj` [D, F], `down_proj` [F, D] and, with `config.use_bias`,
+    `gate_bias` [F], `up_bias` [F], `down_bias` [D], annotated with the logical axes `embed` and `mlp`. There is
+    RNG state only where `config.dropout_rate` is positive. Under `nnx.capture(..., nnx.Intermediate)` the hidden
+    activations are sown as `hidden`.
+
+    Args:
+      config: sizes and numerics.
+      rngs: `params` draws the weights, `dropout` the masks.
+    """
+
+    gate_proj: nnx.Param
+    up_proj: nnx.Param
+    down_proj: nnx.Param
+
+    def __init__(self, config: MLPConfig, *, rngs: nnx.Rngs):
+        self.config = config
+        self.deterministic = False
+        self.rngs = rngs.dropout.fork() if config.dropout_rate > 0 else nnx.data(None)
+        _add_params(self, MLPParams.specs(config), config, rngs)
+
+    def __call__(
+        self,
+        x: Float[Array, "*B D"],
+        deterministic: bool | None = None,
+        *,
+        rngs: nnx.Rngs | nnx.RngStream | None = None,
+    ) -> Float[Array, "*B D"]:
+        """Applies the MLP.
+
+        Args:
+          x: [*B, D].
+          deterministic: True switches dropout off; None: as `train()` and `eval()` set it.
+          rngs: draws the dropout mask instead of the module's own stream.
+        """
+        params = MLPParams(**{name: getattr(self, name)[...] for name in MLPParams.specs(self.config)})
+        key = self._dropout_key(self.deterministic if deterministic is None else deterministic, rngs)
+        # Outside nnx.capture, flax before 0.12.12 would turn `sow` into a new attribute.
+        if hasattr(self, "__captures__"):
+            self.sow(nnx.Intermediate, "hidden", mlp_hidden(params, x, self.config, dropout_key=key))
+        return mlp(params, x, self.config, dropout_key=key)
+
+    def set_view(self, deterministic: bool | None = None):
+        """What `nnx.view(model, deterministic=...)` calls."""
+        if deterministic is not None:
+            self.deterministic = deterministic
+
+    def _dropout_key(self, deterministic: bool, rngs: nnx.Rngs | nnx.RngStream | None):
+        if self.config.dropout_rate == 0 or deterministic:
+            return None
+        stream = self.rngs if rngs is None else rngs
+        return stream.dropout() if isinstance(stream, nnx.Rngs) else stream()
+
+
+class RMSNorm(nnx.Module):
+    """Gemma's RMSNorm over `config.embed_dim`, with one parameter `scale` [D]; see :func:`gemma_mlp.rms_norm`."""
+
+    scale: nnx.Param
+
+    def __init__(self, config: MLPConfig, *, rngs: nnx.Rngs):
+        self.config = config
+        _add_params(self, RMSNormParams.specs(config), config, rngs)
+
+    def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
+        """Normalises the last axis; the result is in `config.dtype`."""
+        return rms_norm(self.scale[...], x, eps=self.config.norm_eps, dtype=self.config.dtype)
+
+
+class MLPBlock(nnx.Module):
+    """x + post_norm(mlp(pre_norm(x))), as in :func:`gemma_mlp.mlp_block`.
+
+    Args:
+      config: sizes and numerics; `post_norm=False` leaves the second norm out, as in Gemma 1.
+      rngs: `params` draws the weights, `dropout` the masks.
+    """
+
+    def __init__(self, config: MLPConfig, *, rngs: nnx.Rngs):
+        self.config = config
+        self.pre_norm = RMSNorm(config, rngs=rngs)
+        self.mlp = MLP(config, rngs=rngs)
+        self.post_norm = RMSNorm(config, rngs=rngs) if config.post_norm else nnx.data(None)
+
+    def __call__(
+        self,
+        x: Float[Array, "*B D"],
+        deterministic: bool | None = None,
+        *,
+        rngs: nnx.Rngs | nnx.RngStream | None = None,
+    ) -> Float[Array, "*B D"]:
+        """Applies the block to the residual stream; arguments as for :meth:`MLP.__call__`."""
+        return add_branch(
+            x,
+            lambda x: self.mlp(x, deterministic, rngs=rngs),
+            pre_scale=self.pre_norm.scale[...],
+            post_scale=self.post_norm.scale[...] if self.post_norm is not None else None,
+            config=self.config,
+        )
+
+
+def _add_params(module: nnx.Module, specs: dict[str, ParamSpec], config: MLPConfig, rngs: nnx.Rngs) -> None:
+    for name, spec in specs.items():
+        value = spec.init(rngs.params(), spec.shape, config.param_dtype)
+        # Logical names are not mesh axes, so nothing is placed here: a model is made with or without a mesh.
+        setattr(module, name, nnx.Param(value, out_sharding=spec.axes, eager_sharding=False))

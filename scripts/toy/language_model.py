@@ -1,0 +1,57 @@
+"""The decoder as two pure functions over one parameter tree, whichever Flax API it is composed in."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from flax import nnx
+
+import gemma_mlp
+from toy import linen_model, nnx_model
+
+Params = dict[str, Any]
+
+
+class LanguageModel(NamedTuple):
+    """`init(key)` gives parameters as nested dicts, `logits(params, tokens)` the next-byte logits [B, T, 256]."""
+
+    init: Callable[[jax.Array], Params]
+    logits: Callable[[Params, jax.Array], jax.Array]
+
+
+def make(api: str, config: gemma_mlp.MLPConfig, num_layers: int, num_heads: int) -> LanguageModel:
+    """The model through the NNX or the Linen shell; their parameters are interchangeable."""
+    if api == "nnx":
+        return _nnx(config, num_layers, num_heads)
+    if api == "linen":
+        return _linen(config, num_layers, num_heads)
+    raise ValueError(f"config.api is nnx or linen. Received: {api!r}. Fix: use one of these names.")
+
+
+def _nnx(*sizes) -> LanguageModel:
+    def create(key):
+        return nnx_model.Decoder(*sizes, rngs=nnx.Rngs(params=key))
+
+    def init(key):
+        return nnx.to_pure_dict(nnx.state(create(key)))
+
+    def logits(params, tokens):
+        graphdef, state = nnx.split(nnx.eval_shape(create, jax.random.key(0)))
+        nnx.replace_by_pure_dict(state, params)
+        return nnx.merge(graphdef, state)(tokens)
+
+    return LanguageModel(init, logits)
+
+
+def _linen(*sizes) -> LanguageModel:
+    model = linen_model.Decoder(*sizes)
+
+    def init(key):
+        return nn.unbox(model.init(key, jnp.zeros((1, 1), "int32"))["params"])
+
+    def logits(params, tokens):
+        return model.apply({"params": params}, tokens)
+
+    return LanguageModel(init, logits)

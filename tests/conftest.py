@@ -1,0 +1,14 @@
+"""Every test runs with full float32 products (TPUs round them otherwise) and without implicit promotion."""
+
+import jax
+import pytest
+
+
+@pytest.fixture(autouse=True)
+def strict_jax(request):
+    with jax.default_matmul_precision("highest"):
+        if request.node.get_closest_marker("promotes") is not None:  # runs library code that promotes
+            yield
+        else:
+            with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
+                yield
