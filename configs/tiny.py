@@ -18,20 +18,19 @@ def get_config() -> ml_collections.ConfigDict:
     config.num_layers = 4
     config.num_heads = 4
     config.activation = "gelu_tanh"
-    config.dropout_rate = 0.0
     config.dtype = "float32"  # of the products; what CPUs are best at
     config.save = "gate_up"  # memory is no concern at this size, so keep gate and up for the backward pass
 
     config.seq_len = 128
-    config.batch_size = 16
-    config.steps = 500
-    config.learning_rate = 3e-3  # the peak, after a warm-up and before a cosine decay to nothing
-    config.warmup_steps = 50
+    config.batch_size = 8
+    config.steps = 1000
+    config.learning_rate = 4e-3  # the peak, after a warm-up and before a cosine decay to nothing
+    config.warmup_fraction = 0.1
     config.weight_decay = 0.1
 
     config.log_every = 10
-    config.eval_every = 125
-    config.checkpoint_every = 125
+    config.eval_every = 200
+    config.checkpoint_every = 200
     config.sample_bytes = 400
     config.prompt = ""  # what the sample continues; empty: the end of the training text
     config.check_values = False  # True: assert in every step that all values are finite, at some cost

@@ -85,7 +85,7 @@ class LogicalAxes(nn.LogicallyPartitioned):
         return super().to_nnx_metadata() | {"eager_sharding": False}
 
 
-def _params(module: nn.Module, specs: dict[str, ParamSpec], config: MLPConfig) -> dict[str, Array]:
+def _params(module: nn.Module, specs: dict[str, ParamSpec], config: MLPConfig) -> dict[str, Any]:
     def boxed(spec):
         return lambda key: LogicalAxes(spec.init(key, spec.shape, config.param_dtype), spec.axes)
 

@@ -9,9 +9,9 @@ Interrupt it at any time; the same command continues from the last checkpoint.
 
 from pathlib import Path
 
-from absl import app
+from absl import app, flags, logging
 from ml_collections import config_flags
-
+from toy.run_config import RunConfig
 from toy.training import train
 
 CONFIG = config_flags.DEFINE_config_file(
@@ -24,14 +24,21 @@ CONFIG = config_flags.DEFINE_config_file(
 def main(argv):
     if len(argv) > 1:
         raise app.UsageError(f"Unknown arguments: {argv[1:]}")
-    config = CONFIG.value
+    config = RunConfig(**CONFIG.value)
     summary = train(config)
     print(f"\nHeld-out text, {summary['heldout_bytes']:,} bytes, in bits per byte:")
-    for name, key in (("this model", "heldout"), ("xz -9e after the training text", "xz"), ("unigram entropy", "unigram")):
+    for name, key in (
+        ("this model", "heldout"),
+        ("xz -9e after the training text", "xz"),
+        ("unigram entropy", "unigram"),
+    ):
         print(f"  {name:32}{summary[f'{key}_bits_per_byte']:.3f}")
-    print(f"\n{summary['sample']}\n\n{summary['seconds']:.0f} s. In {config.workdir}: metrics.jsonl, TensorBoard events, ")
+    print(
+        f"\n{summary['sample']}\n\n{summary['seconds']:.0f} s. In {config.workdir}: metrics.jsonl, TensorBoard events, "
+    )
     print("loss.png, summary.json, checkpoints.")
 
 
 if __name__ == "__main__":
+    flags.FLAGS.set_default("verbosity", logging.WARNING)  # Orbax tells of every save at INFO
     app.run(main)

@@ -80,7 +80,11 @@ def test_presets_cannot_be_changed():
         ("hidden_dim", 2.5, "Received: 2.5"),
         ("hidden_dim", "9216", "Received: '9216'"),
         ("hidden_dim", True, "Received: True"),
-        ("activation", "swish", "activation is one of gelu_tanh, gelu, silu, relu, sigmoid, identity. Received: 'swish'"),
+        (
+            "activation",
+            "swish",
+            "activation is one of gelu_tanh, gelu, silu, relu, sigmoid, identity. Received: 'swish'",
+        ),
         ("activation", None, "Received: None"),
         ("use_bias", 1, "use_bias is True or False. Received: 1"),
         ("post_norm", "no", "post_norm is True or False"),

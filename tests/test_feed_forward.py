@@ -264,7 +264,7 @@ class TestDropout:
     @pytest.mark.parametrize("save", [*SAVES, "autodiff"])
     def test_forward_and_gradients_use_one_mask(self, save):
         key = jax.random.key(0)
-        params, x, h = self.hidden(key, dropout_rate=self.rate)
+        _, x, h = self.hidden(key, dropout_rate=self.rate)
         arrays, _, dy = case((512,))
         options = {"dropout_rate": self.rate, "dropout_key": key, "save": save}
         y, dparams, _ = run(arrays, x, dy, "float32", **options)

@@ -31,7 +31,9 @@ def nnx_module(kind, config=CONFIG, seed=0):
     module = getattr(gemma_mlp.nnx, kind)(config, rngs=nnx.Rngs(seed))
     rng = np.random.default_rng(seed)
     state = nnx.state(module, nnx.Param)
-    nnx.update(module, jax.tree.map(lambda leaf: leaf + jnp.asarray(samples.normal(rng, leaf.shape, 0.1), leaf.dtype), state))
+    nnx.update(
+        module, jax.tree.map(lambda leaf: leaf + jnp.asarray(samples.normal(rng, leaf.shape, 0.1), leaf.dtype), state)
+    )
     return module
 
 
@@ -191,7 +193,9 @@ class TestCapture:
 
     def test_captured_activations_carry_the_dropout_of_the_call(self):
         module, x = nnx_module("MLP", DROPOUT), inputs(64)
-        y, intermediates = nnx.capture(lambda module, x: module(x, rngs=nnx.Rngs(dropout=7)), nnx.Intermediate)(module, x)
+        y, intermediates = nnx.capture(lambda module, x: module(x, rngs=nnx.Rngs(dropout=7)), nnx.Intermediate)(
+            module, x
+        )
         (hidden,) = nnx.to_pure_dict(intermediates)["hidden"]
         np.testing.assert_allclose(hidden @ module.down_proj[...], y, rtol=1e-5, atol=1e-6)
         assert (hidden == 0).mean() == pytest.approx(0.5, abs=0.1)
@@ -292,7 +296,8 @@ class TestBridge:
         variables = module.init(jax.random.key(0), x)
         tree = nn.unbox(variables)["params"]
         assert_same(module.apply(variables, x), functional("MLPBlock", tree, x))
-        spec = nn.get_partition_spec(variables)["params"]["mlp"]["down_proj"]
+        with nnx.use_eager_sharding(False):  # Flax 0.12.12 makes NNX variables again to read their axes
+            spec = nn.get_partition_spec(variables)["params"]["mlp"]["down_proj"]
         assert spec == jax.sharding.PartitionSpec("mlp", "embed")
 
 

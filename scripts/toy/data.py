@@ -8,6 +8,8 @@ from pydoc_data import topics
 import grain
 import numpy as np
 
+from gemma_mlp.checks import require
+
 
 @dataclass(frozen=True)
 class Corpus:
@@ -36,11 +38,12 @@ def load_corpus(source: str, heldout_fraction: float, heldout_max_bytes: int) ->
     """
     text = np.frombuffer(_read(Path(source)) if source else python_documentation(), np.uint8)
     heldout = min(int(len(text) * heldout_fraction), heldout_max_bytes)
-    if not 0 < heldout < len(text):
-        raise ValueError(
-            f"Training and held-out text both need bytes. Received: {len(text)} bytes in {source!r}, of which "
-            f"{heldout} are held out. Fix: give a longer text or another heldout_fraction."
-        )
+    require(
+        0 < heldout < len(text),
+        "Training and held-out text both need bytes.",
+        f"{len(text)} bytes in {source!r}, of which {heldout} are to be held out",
+        "give a longer text or another heldout_fraction.",
+    )
     return Corpus(train=text[:-heldout], heldout=text[-heldout:])
 
 
@@ -50,7 +53,7 @@ def python_documentation() -> bytes:
     The topics repeat whole sections (about a fifth of the text), which would put training text into the held-out end.
     """
     paragraphs = (part for name in sorted(topics.topics) for part in topics.topics[name].split("\n\n"))
-    return "\n\n".join(dict.fromkeys(paragraphs)).encode()
+    return "\n\n".join(dict.fromkeys(part.strip("\n") for part in paragraphs)).encode()
 
 
 def _read(path: Path) -> bytes:
@@ -67,11 +70,12 @@ def training_batches(train: np.ndarray, seq_len: int, batch_size: int, seed: int
 
     Windows start anywhere; within an epoch no two start at the same byte.
     """
-    if len(train) <= seq_len:
-        raise ValueError(
-            f"The training text is longer than one window. Received: {len(train)} bytes, seq_len {seq_len}. "
-            "Fix: give a longer text or a smaller seq_len."
-        )
+    require(
+        len(train) > seq_len,
+        "The training text is longer than one window.",
+        f"{len(train)} bytes, seq_len {seq_len}",
+        "give a longer text or a smaller seq_len.",
+    )
     windows = grain.MapDataset.range(len(train) - seq_len)
     windows = windows.shuffle(seed=seed).map(lambda start: train[start : start + seq_len + 1])
     return windows.repeat().batch(batch_size)

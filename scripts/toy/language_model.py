@@ -51,7 +51,7 @@ def _linen(*sizes) -> LanguageModel:
     def init(key):
         return nn.unbox(model.init(key, jnp.zeros((1, 1), "int32"))["params"])
 
-    def logits(params, tokens):
+    def logits(params, tokens) -> Any:
         return model.apply({"params": params}, tokens)
 
     return LanguageModel(init, logits)

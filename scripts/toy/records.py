@@ -9,7 +9,7 @@ import matplotlib
 import tensorboardX
 
 matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
+import matplotlib.pyplot as plt
 
 
 class MetricsLog:
@@ -34,7 +34,10 @@ class MetricsLog:
         self._lines.flush()
         self._events.flush()
 
-    def close(self) -> None:
+    def __enter__(self) -> "MetricsLog":
+        return self
+
+    def __exit__(self, *_) -> None:
         self._lines.close()
         self._events.close()
 
@@ -56,12 +59,12 @@ def write_atomically(path: Path, text: str) -> None:
 def plot_loss(path: Path, metrics: list[dict[str, Any]], yardsticks: dict[str, float]) -> None:
     """Draws bits per byte over steps, training and held out, with the yardsticks as lines."""
     figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
-    for name, label, style in (
-        ("train_bits_per_byte", "training batch", {"linewidth": 0.8, "alpha": 0.6}),
-        ("heldout_bits_per_byte", "held out", {"marker": "o"}),
+    for name, label, marker in (
+        ("train_bits_per_byte", "training batch", ""),
+        ("heldout_bits_per_byte", "held out", "o"),
     ):
         points = [(record["step"], record[name]) for record in metrics if name in record]
-        axes.plot(*zip(*points), label=label, **style)
+        axes.plot(*zip(*points), label=label, marker=marker)
     for (name, bits), style in zip(yardsticks.items(), ("--", ":")):
         axes.axhline(bits, label=f"{name}: {bits:.2f}", linestyle=style, color="gray")
     axes.set(xlabel="step", ylabel="bits per byte", ylim=(0, None))

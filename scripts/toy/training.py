@@ -1,6 +1,5 @@
 """The training loop: data, model, optimizer, checkpoints, records."""
 
-import functools
 import json
 import math
 import time
@@ -12,22 +11,22 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import orbax.checkpoint as ocp
-from ml_collections import ConfigDict
 from tqdm import tqdm
 
-import gemma_mlp
+from gemma_mlp.checks import check_values, require
 from toy import data, language_model, records, sampling, yardsticks
 from toy.language_model import LanguageModel
+from toy.run_config import RunConfig
 
 EVALUATION_BATCH = 64
 
 
 class TrainState(NamedTuple):
-    params: language_model.Params
+    params: Any  # nested dicts, the same for both APIs
     opt_state: Any
 
 
-def train(config: ConfigDict) -> dict[str, Any]:
+def train(config: RunConfig) -> dict[str, Any]:
     """Trains from the last checkpoint of `config.workdir`, or from scratch, and returns the summary it writes there.
 
     Raises:
@@ -35,49 +34,44 @@ def train(config: ConfigDict) -> dict[str, Any]:
     """
     started = time.monotonic()
     workdir = Path(config.workdir).resolve()
-    workdir.mkdir(parents=True, exist_ok=True)
     corpus = data.load_corpus(config.data, config.heldout_fraction, config.heldout_max_bytes)
-    claim_workdir(workdir, config, corpus)
-
-    model = make_model(config)
+    model = language_model.make(config.api, config.mlp, config.num_layers, config.num_heads)
     optimizer = make_optimizer(config)
     batches = data.training_batches(corpus.train, config.seq_len, config.batch_size, config.seed)
     train_step = make_train_step(model, optimizer, config.check_values)
     evaluate = make_evaluation(model, corpus, config.seq_len)
+    claim_workdir(workdir, config, corpus)
 
-    with checkpoint_manager(workdir, config) as checkpoints:
+    with checkpoint_manager(workdir) as checkpoints:
         state, first = restore_or_init(checkpoints, model, optimizer, config.seed)
-        log = records.MetricsLog(workdir, first)
-        bar = tqdm(
-            total=config.steps * config.batch_size * config.seq_len,
-            initial=first * config.batch_size * config.seq_len,
-            desc=f"training ({config.api})",
-            unit="tok",
-            unit_scale=True,
-        )
-        pending, shown = [], {}
-        for step in range(first + 1, config.steps + 1):
-            state, loss = train_step(state, jnp.asarray(batches[step - 1], "int32"))
-            pending.append((step, loss))
-            last = step == config.steps
-            if step % config.log_every == 0 or step % config.checkpoint_every == 0 or last:
-                for logged_step, value in pending:
-                    log.write(logged_step, train_bits_per_byte=bits(logged_step, value))
-                shown["train"] = f"{bits(step, loss):.2f}"
-                pending.clear()
-            if step % config.eval_every == 0 or last:
+        with records.MetricsLog(workdir, first) as log, progress_bar(config, first) as bar:
+            pending, shown, heldout = [], {}, None
+            for step in range(first + 1, config.steps + 1):
+                state, loss = train_step(state, jnp.asarray(batches[step - 1], "int32"))
+                pending.append((step, loss))
+                last = step == config.steps
+                saving = step % config.checkpoint_every == 0 or last
+                if step % config.log_every == 0 or saving:
+                    for logged_step, value in pending:
+                        log.write(logged_step, train_bits_per_byte=bits(logged_step, value))
+                    shown["train"] = f"{bits(step, loss):.2f}"
+                    pending.clear()
+                if step % config.eval_every == 0 or last:
+                    heldout = evaluate(state.params)
+                    log.write(step, heldout_bits_per_byte=heldout)
+                    shown["heldout"] = f"{heldout:.3f}"
+                if saving:
+                    log.flush()
+                    checkpoints.save(step, args=ocp.args.StandardSave(state._asdict()))
+                bar.set_postfix(shown, refresh=False)
+                bar.update(config.batch_size * config.seq_len)
+            if heldout is None:  # the run was complete already
                 heldout = evaluate(state.params)
-                log.write(step, heldout_bits_per_byte=heldout)
-                shown["heldout"] = f"{heldout:.3f}"
-            if step % config.checkpoint_every == 0 or last:
-                log.flush()
-                checkpoints.save(step, args=ocp.args.StandardSave(state._asdict()))
-            bar.set_postfix(shown, refresh=False)
-            bar.update(config.batch_size * config.seq_len)
-        bar.close()
+            text = sample(model, state.params, corpus, config)
+            log.text(config.steps, "sample", text)
 
     summary = {
-        "heldout_bits_per_byte": evaluate(state.params),
+        "heldout_bits_per_byte": heldout,
         "unigram_bits_per_byte": yardsticks.unigram_bits_per_byte(corpus.heldout),
         "xz_bits_per_byte": yardsticks.xz_bits_per_byte(corpus.train, corpus.heldout),
         "train_bytes": len(corpus.train),
@@ -85,21 +79,27 @@ def train(config: ConfigDict) -> dict[str, Any]:
         "parameters": sum(leaf.size for leaf in jax.tree.leaves(state.params)),
         "steps": config.steps,
         "continued_from_step": first,
-        "sample": sample(model, state.params, corpus, config),
+        "sample": text,
         "seconds": time.monotonic() - started,
     }
-    log.text(config.steps, "sample", summary["sample"])
-    log.close()
     records.write_atomically(workdir / "summary.json", json.dumps(summary, indent=2))
     lines = {"unigram entropy": summary["unigram_bits_per_byte"], "xz -9e": summary["xz_bits_per_byte"]}
     records.plot_loss(workdir / "loss.png", records.read_metrics(log.path), lines)
     return summary
 
 
-def claim_workdir(workdir: Path, config: ConfigDict, corpus: data.Corpus) -> None:
+def progress_bar(config: RunConfig, first: int) -> tqdm:
+    """Counts tokens, so that it shows tokens per second and the time left."""
+    tokens = config.batch_size * config.seq_len
+    description = f"training ({config.api})"
+    return tqdm(total=config.steps * tokens, initial=first * tokens, desc=description, unit="tok", unit_scale=True)
+
+
+def claim_workdir(workdir: Path, config: RunConfig, corpus: data.Corpus) -> None:
     """Writes what the run is made of into a new folder; refuses a folder that holds another run."""
+    workdir.mkdir(parents=True, exist_ok=True)
     path = workdir / "config.json"
-    ours = json.loads(config.to_json()) | {"corpus_sha256": corpus.sha256}
+    ours = config.identity() | {"corpus_sha256": corpus.sha256}
     if not path.exists():
         records.write_atomically(path, json.dumps(ours, indent=2))
         return
@@ -107,40 +107,31 @@ def claim_workdir(workdir: Path, config: ConfigDict, corpus: data.Corpus) -> Non
     differences = [
         f"{name} was {theirs.get(name)!r} and is {ours.get(name)!r}"
         for name in sorted(ours.keys() | theirs.keys())
-        if ours.get(name) != theirs.get(name) and name != "workdir"
+        if ours.get(name) != theirs.get(name)
     ]
-    if differences:
-        raise ValueError(
-            f"A run continues with the configuration and the data it began with. Received: {'; '.join(differences)}. "
-            f"Fix: choose another folder with --config.workdir, or delete {workdir} to start over."
-        )
-
-
-def make_model(config: ConfigDict) -> LanguageModel:
-    mlp_config = gemma_mlp.MLPConfig(
-        embed_dim=config.embed_dim,
-        hidden_dim=config.hidden_dim,
-        activation=config.activation,
-        dtype=config.dtype,
-        save=config.save,
+    require(
+        not differences,
+        "A run goes on with the configuration and the data it began with.",
+        "; ".join(differences),
+        f"choose another folder with --config.workdir, or delete {workdir} to start over.",
     )
-    return language_model.make(config.api, mlp_config, config.num_layers, config.num_heads)
 
 
-def make_optimizer(config: ConfigDict) -> optax.GradientTransformation:
+def make_optimizer(config: RunConfig) -> optax.GradientTransformation:
     """AdamW with clipping; matrices alone decay, norms and the embedding do not."""
 
     def decays(params):
         return jax.tree_util.tree_map_with_path(lambda path, leaf: leaf.ndim > 1 and path[0].key != "embed", params)
 
-    schedule = optax.warmup_cosine_decay_schedule(0.0, config.learning_rate, config.warmup_steps, config.steps)
+    warmup_steps = int(config.steps * config.warmup_fraction)
+    schedule = optax.warmup_cosine_decay_schedule(0.0, config.learning_rate, warmup_steps, config.steps)
     return optax.chain(
         optax.clip_by_global_norm(1.0),
         optax.adamw(schedule, b2=0.99, weight_decay=config.weight_decay, mask=decays),
     )
 
 
-def make_train_step(model: LanguageModel, optimizer: optax.GradientTransformation, check_values: bool):
+def make_train_step(model: LanguageModel, optimizer: optax.GradientTransformation, checked: bool):
     """A compiled (state, windows [B, T + 1]) -> (state, mean loss in nats)."""
 
     def train_step(state, windows):
@@ -148,8 +139,8 @@ def make_train_step(model: LanguageModel, optimizer: optax.GradientTransformatio
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         return TrainState(optax.apply_updates(state.params, updates), opt_state), loss
 
-    if check_values:
-        return gemma_mlp.checks.check_values(train_step)
+    if checked:
+        return check_values(train_step)
     return jax.jit(train_step, donate_argnums=0)
 
 
@@ -163,7 +154,9 @@ def make_evaluation(model: LanguageModel, corpus: data.Corpus, seq_len: int):
 
     def evaluate(params) -> float:
         nats = sum(
-            float(total(params, jnp.asarray(windows[i : i + EVALUATION_BATCH], "int32"), scored[i : i + EVALUATION_BATCH]))
+            float(
+                total(params, jnp.asarray(windows[i : i + EVALUATION_BATCH], "int32"), scored[i : i + EVALUATION_BATCH])
+            )
             for i in range(0, len(windows), EVALUATION_BATCH)
         )
         return nats / math.log(2) / len(corpus.heldout)
@@ -187,7 +180,7 @@ def bits(step: int, loss: jax.Array) -> float:
     return float(loss) / math.log(2)
 
 
-def checkpoint_manager(workdir: Path, config: ConfigDict) -> ocp.CheckpointManager:
+def checkpoint_manager(workdir: Path) -> ocp.CheckpointManager:
     options = ocp.CheckpointManagerOptions(max_to_keep=2)
     return ocp.CheckpointManager(workdir / "checkpoints", options=options)
 
@@ -209,7 +202,7 @@ def restore_or_init(checkpoints, model: LanguageModel, optimizer, seed: int) -> 
     return TrainState(**restored), step
 
 
-def sample(model: LanguageModel, params, corpus: data.Corpus, config: ConfigDict) -> str:
+def sample(model: LanguageModel, params, corpus: data.Corpus, config: RunConfig) -> str:
     """The prompt, marked off with `|` from what the model makes of it."""
     prompt = np.concatenate([corpus.train, np.frombuffer(config.prompt.encode(), np.uint8)])[-config.seq_len :]
     key = jax.random.key(config.seed)

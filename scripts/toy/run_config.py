@@ -1,0 +1,67 @@
+"""What a run is made of. The values are in configs/*.py; here are their types and rules."""
+
+import dataclasses
+
+from gemma_mlp import MLPConfig
+from gemma_mlp.checks import require
+
+
+@dataclasses.dataclass(frozen=True)
+class RunConfig:
+    """One training run; built from an ml_collections config with the same fields.
+
+    Raises:
+      ValueError: at construction, for a size or an interval below 1, or a share outside of [0, 1].
+    """
+
+    api: str
+    workdir: str
+    seed: int
+    data: str
+    heldout_fraction: float
+    heldout_max_bytes: int
+    embed_dim: int
+    hidden_dim: int
+    num_layers: int
+    num_heads: int
+    activation: str
+    dtype: str
+    save: str
+    seq_len: int
+    batch_size: int
+    steps: int
+    learning_rate: float
+    warmup_fraction: float
+    weight_decay: float
+    log_every: int
+    eval_every: int
+    checkpoint_every: int
+    sample_bytes: int
+    prompt: str
+    check_values: bool
+
+    def __post_init__(self):
+        for field in dataclasses.fields(self):
+            if field.type is int and field.name != "seed":
+                self._require(field.name, getattr(self, field.name) >= 1, "at least 1")
+        for name in ("heldout_fraction", "warmup_fraction"):
+            self._require(name, 0 <= getattr(self, name) < 1, "in [0, 1)")
+        self._require("embed_dim", self.embed_dim % (2 * self.num_heads) == 0, "a multiple of 2 * num_heads")
+
+    def _require(self, name: str, condition: bool, rule: str) -> None:
+        require(condition, f"config.{name} is {rule}.", str(getattr(self, name)), f"pass --config.{name}=VALUE.")
+
+    @property
+    def mlp(self) -> MLPConfig:
+        """The feed-forward block of the model."""
+        return MLPConfig(
+            embed_dim=self.embed_dim,
+            hidden_dim=self.hidden_dim,
+            activation=self.activation,  # pyright: ignore[reportArgumentType]  # checked at construction
+            dtype=self.dtype,
+            save=self.save,  # pyright: ignore[reportArgumentType]
+        )
+
+    def identity(self) -> dict:
+        """What must not change while a run goes on: all but where it is kept."""
+        return {name: value for name, value in dataclasses.asdict(self).items() if name != "workdir"}
