@@ -29,8 +29,8 @@ def get_config() -> ml_collections.ConfigDict:
     config.weight_decay = 0.1
 
     config.log_every = 10
-    config.eval_every = 200
-    config.checkpoint_every = 200
+    config.eval_every = 250
+    config.checkpoint_every = 250
     config.sample_bytes = 400
     config.prompt = ""  # what the sample continues; empty: the end of the training text
     config.check_values = False  # True: assert in every step that all values are finite, at some cost

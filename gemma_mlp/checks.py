@@ -51,10 +51,10 @@ def check_values(function: Callable[P, R]) -> Callable[P, R]:
         y = check_values(mlp)(x)
         step = check_values(train_step)
 
-    Each feed-forward inside asserts that its parameters, its input and its output are finite and, where
-    it is differentiated, that their gradients are, under scan, remat and vmap too. Reverse mode only:
-    an assertion cannot be differentiated forwards. (When Python exits, chex warns of statuses that were not
-    inspected; here all were.)
+    Each norm and each feed-forward inside asserts that its parameters and its input are finite, a feed-forward
+    that its output is, and all of them, where they are differentiated, that their gradients are; under scan,
+    remat and vmap too. Reverse mode only: an assertion cannot be differentiated forwards. (When Python exits,
+    chex warns of statuses that were not inspected; here all were.)
 
     Args:
       function: a pure function of pytrees of arrays.

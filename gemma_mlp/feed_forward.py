@@ -85,6 +85,12 @@ def _checked_op(params, x, activation, dtype, dropout_rate, dropout_key, save) -
     require_choice("activation", activation, ACTIVATIONS)
     require_choice("save", save, get_args(Save))
     require_dropout_rate(dropout_rate)
+    require(
+        isinstance(params, MLPParams),
+        "params is an MLPParams.",
+        describe(params),
+        "MLPParams(**tree) takes the leaves of a module's parameter tree.",
+    )
     arrays = {name: array for name, array in vars(params).items() if array is not None}
     dtype = compute_dtype(dtype, x=x, **arrays)
     _check_shapes(arrays, x)

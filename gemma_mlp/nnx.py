@@ -61,7 +61,7 @@ class MLP(nnx.Module):
     def _dropout_key(self, deterministic: bool, rngs: nnx.Rngs | nnx.RngStream | None):
         if self.config.dropout_rate == 0 or deterministic:
             return None
-        stream = rngs or self.rngs
+        stream = rngs if rngs is not None else self.rngs
         assert stream is not None  # made at construction, since dropout_rate > 0
         return stream.dropout() if isinstance(stream, nnx.Rngs) else stream()
 

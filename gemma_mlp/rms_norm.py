@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from gemma_mlp.checks import describe, require
+from gemma_mlp.checks import describe, ensure_finite, require
 from gemma_mlp.dtypes import accumulation_dtype, compute_dtype
 
 
@@ -33,6 +33,7 @@ def rms_norm(
         f"scale {describe(scale)}, x {describe(x)}",
         "check the config's embed_dim against the model's width.",
     )
+    scale, x = ensure_finite("scale", scale), ensure_finite("x", x)
     dtype = compute_dtype(dtype, scale=scale, x=x)
     wide = accumulation_dtype(dtype, scale.dtype, x.dtype)
     x_BD, factor_BD = x.astype(wide), jnp.broadcast_to(1 + scale.astype(wide), x.shape)

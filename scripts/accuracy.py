@@ -1,6 +1,6 @@
 """Relative L2 error of the bfloat16 feed-forward against the float64 oracle of the tests, at the Gemma 2 sizes.
 
-    python scripts/accuracy.py                       # all three sizes: 6 minutes on 2 cores, 17 GiB at 27B
+    python scripts/accuracy.py                       # all three sizes
     python scripts/accuracy.py --sizes=gemma2_2b
 
 `floor` is the oracle with each array that has to be stored (h, y, the gradients of gate and up, each result) rounded
@@ -16,7 +16,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import app, flags
+from absl import app, flags, logging
 from tqdm import tqdm
 
 import gemma_mlp
@@ -32,6 +32,7 @@ COLUMNS = ("y", "dx", "gate_proj", "up_proj", "down_proj")
 
 
 def main(argv):
+    logging.set_verbosity(logging.WARNING)  # JAX and Orbax tell of much at INFO
     if len(argv) > 1:
         raise app.UsageError(f"Unknown arguments: {argv[1:]}")
     rows = []

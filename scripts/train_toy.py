@@ -9,7 +9,7 @@ Interrupt it at any time; the same command continues from the last checkpoint.
 
 from pathlib import Path
 
-from absl import app, flags, logging
+from absl import app, logging
 from ml_collections import config_flags
 from toy.run_config import RunConfig
 from toy.training import train
@@ -22,6 +22,7 @@ CONFIG = config_flags.DEFINE_config_file(
 
 
 def main(argv):
+    logging.set_verbosity(logging.WARNING)  # JAX and Orbax tell of much at INFO
     if len(argv) > 1:
         raise app.UsageError(f"Unknown arguments: {argv[1:]}")
     config = RunConfig(**CONFIG.value)
@@ -40,5 +41,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    flags.FLAGS.set_default("verbosity", logging.WARNING)  # Orbax tells of every save at INFO
     app.run(main)

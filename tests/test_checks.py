@@ -67,6 +67,11 @@ def test_the_message_names_what_is_wrong():
         check_values(feed_forward)(params(), jnp.full(8, jnp.nan))
 
 
+def test_a_norm_is_checked_too():
+    with pytest.raises(AssertionError, match="'scale'"):
+        check_values(gemma_mlp.rms_norm)(jnp.full(8, jnp.inf), jnp.ones(8))
+
+
 def test_a_non_finite_gradient_is_found():
     """sqrt has an infinite slope at 0, where the value itself is finite."""
     zero = jax.tree.map(jnp.zeros_like, params())

@@ -338,6 +338,11 @@ def test_errors_state_rule_received_and_fix(changes, x, options, message):
         feed_forward(MLPParams(**(GOOD | changes)), x, **options)
 
 
+def test_a_plain_dict_is_refused_with_the_way_out():
+    with pytest.raises(ValueError, match=r"params is an MLPParams. Received: dict. Fix: MLPParams\(\*\*tree\)"):
+        feed_forward(GOOD, zeros(3, 4))  # pyright: ignore[reportArgumentType]
+
+
 def test_initialisation_has_unit_gain_and_the_asked_dtype():
     config = MLPConfig(256, 1024, use_bias=True, param_dtype="bfloat16")
     params = MLPParams.init(config, jax.random.key(0))
