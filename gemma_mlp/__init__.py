@@ -1,6 +1,6 @@
 """The Gemma-2 feed-forward block (GeGLU) for JAX and Flax."""
 
-from gemma_mlp import checks, linen, nnx
+from gemma_mlp import aot, checks, linen, nnx
 from gemma_mlp.activations import ACTIVATIONS
 from gemma_mlp.block import mlp, mlp_block, mlp_hidden
 from gemma_mlp.config import PRESETS, MLPConfig
@@ -15,6 +15,7 @@ __all__ = [
     "MLPConfig",
     "MLPParams",
     "RMSNormParams",
+    "aot",
     "checks",
     "feed_forward",
     "hidden_activations",

@@ -30,8 +30,9 @@ def feed_forward(
 
     Every product takes operands in the compute dtype and accumulates in float32, or as
     `jax.default_matmul_precision` says where the operands are float32; element-wise work is float32. h, y and
-    what the backward pass keeps are rounded once to the compute dtype. Gradients come in the dtype of what
-    they belong to.
+    what the backward pass keeps are rounded once to the compute dtype; so are, on TPUs and GPUs, gate, up and
+    the gradient of h, which are stored there between the products. Gradients come in the dtype of what they
+    belong to.
 
     Args:
       params: weights, stored (in, out): [D, F], [D, F], [F, D]; cast to the compute dtype for the products.

@@ -241,7 +241,7 @@ def test_a_users_own_remat_policy_finds_the_tags(save):
 def test_every_tag_is_there(tag):
     arrays, x, _ = case((5,))
     params, x = samples.mlp_params(arrays, "float32"), jnp.float32(x)
-    for save in SAVES:
+    for save in (*SAVES, "autodiff"):
         assert f"name={tag}" in str(jax.make_jaxpr(functools.partial(feed_forward, save=save))(params, x))
 
 

@@ -10,7 +10,7 @@ import gemma_mlp
 PACKAGE = Path(gemma_mlp.__file__).parent
 FLOORS = [
     {"checks", "activations"},
-    {"dtypes"},
+    {"dtypes", "aot"},
     {"config"},
     {"params", "rms_norm"},
     {"kernels.xla"},

@@ -1,0 +1,37 @@
+"""The TPU's and the H200's compilers themselves, on products whose figures are known."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from gemma_mlp import aot
+
+X = jax.ShapeDtypeStruct((256, 512), "bfloat16")
+W = jax.ShapeDtypeStruct((512, 1024), "bfloat16")
+
+
+@pytest.mark.parametrize("target", ["tpu v5e:2x2", "tpu v5p:2x2x1", "tpu v6e:2x2", "h200"])
+def test_one_product_on_one_chip(target):
+    compiled = aot.compile_for(target, jnp.dot, X, W)
+    assert compiled.argument_bytes == 2 * (256 * 512 + 512 * 1024)
+    assert compiled.output_bytes == 2 * 256 * 1024
+    assert compiled.collectives == ()
+    assert "HloModule" in compiled.text
+    if target != "h200":
+        assert compiled.flops == pytest.approx(2 * 256 * 512 * 1024, rel=0.01)
+
+
+def test_a_contraction_over_a_mesh_axis_is_one_all_reduce():
+    mesh = Mesh(aot.devices("tpu v5e:2x2"), ("tensor",))
+    x = jax.ShapeDtypeStruct(X.shape, X.dtype, sharding=NamedSharding(mesh, P(None, "tensor")))
+    w = jax.ShapeDtypeStruct(W.shape, W.dtype, sharding=NamedSharding(mesh, P("tensor", None)))
+    compiled = aot.compile_for("tpu v5e:2x2", lambda x, w: jnp.dot(x, w, out_sharding=None), x, w)
+    assert [collective.kind for collective in compiled.collectives] == ["all-reduce"]
+    assert compiled.argument_bytes == 2 * (256 * 512 + 512 * 1024) // 4
+
+
+def test_an_unknown_topology_is_explained():
+    with pytest.raises(ValueError, match="Received: 'tpu v5e:3x7'"):
+        aot.devices("tpu v5e:3x7")
