@@ -46,9 +46,9 @@ def feed_forward(
       dropout_key: draws the mask of a positive dropout_rate.
       save: what the backward pass keeps beside `params` and `x`. `input`: nothing; gate and up are computed
         again, two products more. `gate_up`: gate and up in the compute dtype, two [*B, F]. Both support
-        reverse mode and forward-over-reverse alone. `autodiff`: what JAX's own differentiation keeps
-        (eight [*B, F] in bfloat16); forward mode (`jax.jvp`, `jax.jacfwd`) works, and bfloat16 gradients are
-        rounded at more places.
+        reverse mode and forward-over-reverse alone. `autodiff`: what JAX's own differentiation keeps, eight
+        [*B, F], seven of them in float32; forward mode (`jax.jvp`, `jax.jacfwd`) works, and bfloat16 gradients
+        are rounded at more places.
 
     Returns:
       y, [*B, D], in the compute dtype.
