@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import app, flags, logging
+from plain import plain
 from tqdm import tqdm
 
 import gemma_mlp
@@ -67,10 +68,6 @@ def measure(config: gemma_mlp.MLPConfig, tokens: int):
     yield "save=input", errors(run(functools.partial(gemma_mlp.feed_forward, save="input")))
     yield "save=gate_up", errors(run(functools.partial(gemma_mlp.feed_forward, save="gate_up")))
     yield "plain", errors(run(plain))
-
-
-def plain(params, x):
-    return (jax.nn.gelu(x @ params.gate_proj) * (x @ params.up_proj)) @ params.down_proj
 
 
 def oracle(arrays, x, dy, stored):

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import jax
 from absl import app, flags, logging
+from plain import plain
 from tqdm import tqdm
 
 from gemma_mlp import PRESETS, MLPParams, aot, mlp
@@ -40,10 +41,6 @@ def stream(config, tokens=TOKENS):
 def array(config):
     """One [T, F] in bfloat16, in bytes."""
     return TOKENS * config.hidden_dim * 2
-
-
-def plain(params, x):
-    return (jax.nn.gelu(x @ params.gate_proj) * (x @ params.up_proj)) @ params.down_proj
 
 
 def apply(config):

@@ -35,7 +35,7 @@ def main(argv):
     ):
         print(f"  {name:32}{summary[f'{key}_bits_per_byte']:.3f}")
     print(
-        f"\n{summary['sample']}\n\n{summary['seconds']:.0f} s. In {config.workdir}: metrics.jsonl, TensorBoard events, "
+        f"\n{summary['sample']}\n\n{summary['seconds']:.0f} s. In {config.workdir}: metrics.jsonl, TensorBoard events,"
     )
     print("loss.png, summary.json, checkpoints.")
 

@@ -184,6 +184,14 @@ def test_a_loss_that_is_not_finite_ends_the_run_without_a_checkpoint(text, tmp_p
         train(config(tmp_path / "checked", text, learning_rate=1e30, check_values=True))
 
 
+def test_the_way_out_of_a_bad_loss_works_in_the_same_folder(text, tmp_path):
+    """The error says to pass --config.check_values=True; that must not count as another run."""
+    with pytest.raises(FloatingPointError, match=r"check_values=True"):
+        train(config(tmp_path, text, learning_rate=1e30))
+    with pytest.raises(AssertionError, match="non-finite"):
+        train(config(tmp_path, text, learning_rate=1e30, check_values=True))
+
+
 def test_value_checks_change_nothing_but_cost(text, tmp_path):
     plain = train(config(tmp_path / "plain", text))
     checked = train(config(tmp_path / "checked", text, check_values=True))

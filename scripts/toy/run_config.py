@@ -63,5 +63,6 @@ class RunConfig:
         )
 
     def identity(self) -> dict:
-        """What must not change while a run goes on: all but where it is kept."""
-        return {name: value for name, value in dataclasses.asdict(self).items() if name != "workdir"}
+        """What must not change while a run goes on: all that its numbers follow from."""
+        free = {"workdir", "log_every", "checkpoint_every", "sample_bytes", "prompt", "check_values"}
+        return {name: value for name, value in dataclasses.asdict(self).items() if name not in free}
