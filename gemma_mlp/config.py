@@ -30,6 +30,7 @@ class MLPConfig:
       post_norm: whether the block normalises the MLP's output before it joins the residual stream, as
         Gemma 2 and 3 do and Gemma 1 does not.
       save: what the backward pass keeps; see :func:`gemma_mlp.feed_forward`.
+      chunk_size: positions at a time, so that no [T, F] array exists; None: all; see the same.
 
     Raises:
       ValueError: at construction, for any value outside what is said here.
@@ -45,6 +46,7 @@ class MLPConfig:
     norm_eps: float = 1e-6
     post_norm: bool = True
     save: Save = "input"
+    chunk_size: int | None = None
 
     def __post_init__(self):
         for name in ("embed_dim", "hidden_dim"):
@@ -55,6 +57,8 @@ class MLPConfig:
         require_choice("activation", self.activation, ACTIVATIONS)
         require_choice("save", self.save, get_args(Save))
         require_dropout_rate(self.dropout_rate)
+        if self.chunk_size is not None:
+            object.__setattr__(self, "chunk_size", positive_int("chunk_size", self.chunk_size))
         require(
             is_real(self.norm_eps) and self.norm_eps > 0,
             "norm_eps is a positive finite number.",

@@ -7,7 +7,7 @@ from jaxtyping import Array, Float, Key
 
 from gemma_mlp.activations import ACTIVATIONS, Activation
 from gemma_mlp.checks import describe, ensure_finite, explained, require
-from gemma_mlp.config import Save, require_choice, require_dropout_rate
+from gemma_mlp.config import Save, positive_int, require_choice, require_dropout_rate
 from gemma_mlp.dtypes import compute_dtype
 from gemma_mlp.kernels import xla
 from gemma_mlp.params import MLPParams
@@ -22,6 +22,7 @@ def feed_forward(
     dropout_rate: float = 0.0,
     dropout_key: Key[Array, ""] | None = None,
     save: Save = "input",
+    chunk_size: int | None = None,
 ) -> Float[Array, "*B D"]:
     """y = dropout(activation(x W_gate + b_gate) * (x W_up + b_up)) W_down + b_down.
 
@@ -49,6 +50,10 @@ def feed_forward(
         reverse mode and forward-over-reverse alone. `autodiff`: what JAX's own differentiation keeps, eight
         [*B, F], seven of them in float32; forward mode (`jax.jvp`, `jax.jacfwd`) works, and bfloat16 gradients
         are rounded at more places.
+      chunk_size: for long contexts: how many positions along the second-last axis of x, its length, are computed at
+        a time. The forward pass then makes no [*B, F]; nor does the backward pass, which goes through F in as many
+        slices (with `gate_up` and `autodiff`, what is kept remains). The result is the same but for the order of
+        float32 sums. Choose another way where F is sharded over a mesh: there its slices lie on few devices.
 
     Returns:
       y, [*B, D], in the compute dtype.
@@ -57,7 +62,7 @@ def feed_forward(
       ValueError: if shapes do not fit together, a dtype is not supported, or an option is not one of those
         named.
     """
-    op = _checked_op(params, x, activation, dtype, dropout_rate, dropout_key, save)
+    op = _checked_op(params, x, activation, dtype, dropout_rate, dropout_key, save, chunk_size)
     params, x = ensure_finite("params", params), ensure_finite("x", x)
     return ensure_finite("y", xla.feed_forward(op, params, x, dropout_key))
 
@@ -78,14 +83,15 @@ def hidden_activations(
     Returns:
       h, [*B, F], in the compute dtype.
     """
-    op = _checked_op(params, x, activation, dtype, dropout_rate, dropout_key, "autodiff")
+    op = _checked_op(params, x, activation, dtype, dropout_rate, dropout_key, "autodiff", None)
     return xla.hidden(op, params, x, dropout_key)
 
 
-def _checked_op(params, x, activation, dtype, dropout_rate, dropout_key, save) -> xla.Op:
+def _checked_op(params, x, activation, dtype, dropout_rate, dropout_key, save, chunk_size) -> xla.Op:
     require_choice("activation", activation, ACTIVATIONS)
     require_choice("save", save, get_args(Save))
     require_dropout_rate(dropout_rate)
+    chunk_size = None if chunk_size is None else positive_int("chunk_size", chunk_size)
     require(
         isinstance(params, MLPParams),
         "params is an MLPParams.",
@@ -101,7 +107,7 @@ def _checked_op(params, x, activation, dtype, dropout_rate, dropout_key, save) -
         f"dropout_rate {dropout_rate} and no dropout_key",
         "pass a dropout_key in training, dropout_rate=0 at evaluation.",
     )
-    return xla.Op(activation, dtype, dropout_rate, save)
+    return xla.Op(activation, dtype, dtype, dropout_rate, save, chunk_size)
 
 
 def _check_shapes(arrays: dict[str, Any], x: Any) -> None:

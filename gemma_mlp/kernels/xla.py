@@ -4,16 +4,20 @@ Every product takes operands in the compute dtype and accumulates in float32; el
 float32; h, y and what the backward pass keeps are rounded once, where they are stored. Accelerators store gate, up
 and dh between the products too, so there these are rounded once as well; a CPU keeps them in float32.
 
+With `chunk_size` no [T, F] array exists: the forward pass goes through the tokens in chunks, the backward pass through
+F in as many slices, each of which yields its part of every weight's gradient at once and for good.
+
 The optimisation barriers decide what is in memory; tests/aot holds the compilers to it.
 """
 
 import functools
+import math
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.ad_checkpoint import checkpoint_name
-from jax.lax import optimization_barrier
 from jaxtyping import Array, Float, Key
 
 from gemma_mlp.activations import ACTIVATIONS, Activation
@@ -21,14 +25,19 @@ from gemma_mlp.config import Save
 from gemma_mlp.dtypes import accumulation_dtype, widest
 from gemma_mlp.params import MLPParams
 
+LANES = 128  # the width of a TPU's vector registers: slices of F are multiples of it
+HIDDEN_AXIS = {"gate_proj": 1, "up_proj": 1, "down_proj": 0, "gate_bias": 0, "up_bias": 0}
+
 
 class Op(NamedTuple):
     """What is known of a feed-forward when it is traced."""
 
     activation: Activation
     dtype: Any
+    stored: Any  # what products between element-wise work are stored in
     dropout_rate: float
     save: Save
+    chunk_size: int | None
 
     @property
     def wide(self):
@@ -41,7 +50,7 @@ def feed_forward(
 ) -> Float[Array, "*B D"]:
     """y = (activation(x W_gate + b_gate) * (x W_up + b_up)) W_down + b_down, in `op.dtype`."""
     if op.save == "autodiff":
-        return _forward(op, _in_wide, params, x, dropout_key)[0]
+        return _forward(op, _in_wide, False, params, x, dropout_key)[0]
     return _feed_forward(op, params, x, dropout_key)
 
 
@@ -49,99 +58,160 @@ def hidden(
     op: Op, params: MLPParams, x: Float[Array, "*B D"], dropout_key: Key[Array, ""] | None
 ) -> Float[Array, "*B F"]:
     """h, in `op.dtype`: what the down projection receives."""
-    return _by_platform(op, _hidden, params, x, dropout_key)[0]
-
-
-def _forward(op, run, params, x, dropout_key):
-    """y, gate and up. `run` is how pieces are run: :func:`_by_platform` or :func:`_in_wide`."""
-    h_BF, gate_BF, up_BF = run(op, _hidden, params, x, dropout_key)
-    h_BF = checkpoint_name(h_BF, "mlp_hidden")
-    return checkpoint_name(run(op, _down, params, h_BF), "mlp_out"), gate_BF, up_BF
+    return _by_platform(op, _hidden, params, x, _mask(op, params, x, dropout_key))[0]
 
 
 def _in_wide(op, function, *args):
-    """function(op, stored, *args) with nothing rounded between products, for JAX to differentiate."""
-    return function(op, op.wide, *args)
+    """function(op, *args) with nothing rounded between products, for JAX to differentiate."""
+    return function(op._replace(stored=op.wide), *args)
 
 
 def _by_platform(op, function, *args):
-    """function(op, stored, *args), where `stored` is what products between element-wise work are stored in."""
-    on_cpu, on_accelerator = (functools.partial(function, op, stored) for stored in (op.wide, op.dtype))
+    """function(op, *args), with nothing rounded between products on a CPU."""
+    on_cpu, on_accelerator = functools.partial(_in_wide, op, function), functools.partial(function, op)
     if op.dtype == op.wide:
         return on_cpu(*args)
-    return jax.lax.platform_dependent(*args, cpu=on_cpu, default=on_accelerator)
-
-
-def _hidden(op, stored, params, x, dropout_key):
-    """h, gate and up, all in the compute dtype."""
-    gate_BF = checkpoint_name(_project(op, stored, x, params.gate_proj, params.gate_bias), "mlp_gate")
-    up_BF = checkpoint_name(_project(op, stored, x, params.up_proj, params.up_bias), "mlp_up")
-    h_BF = _gated(op, gate_BF.astype(op.wide), up_BF.astype(op.wide), dropout_key)
-    # Without the barrier gate and up both stay, for h to be computed inside the down projection.
-    return optimization_barrier(h_BF.astype(op.dtype)), gate_BF.astype(op.dtype), up_BF.astype(op.dtype)
-
-
-def _gated(op, gate_BF, up_BF, dropout_key):
-    h_BF = ACTIVATIONS[op.activation](gate_BF) * up_BF
-    if op.dropout_rate == 0:
-        return h_BF
-    keep = 1 - op.dropout_rate
-    return jnp.where(jax.random.bernoulli(dropout_key, keep, h_BF.shape), h_BF / keep, 0)
-
-
-def _down(op, stored, params, h_BF):
-    return _project(op, stored, h_BF, params.down_proj, params.down_bias).astype(op.dtype)
+    return lax.platform_dependent(*args, cpu=on_cpu, default=on_accelerator)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _feed_forward(op, params, x, dropout_key):
-    return _feed_forward_forward(op, params, x, dropout_key)[0]
+    return _forward(op, _by_platform, False, params, x, dropout_key)[0]
 
 
 def _feed_forward_forward(op, params, x, dropout_key):
-    y_BD, gate_BF, up_BF = _forward(op, _by_platform, params, x, dropout_key)
-    kept = None
-    if op.save == "gate_up":
-        kept = checkpoint_name(gate_BF, "mlp_gate"), checkpoint_name(up_BF, "mlp_up")
-    return y_BD, (params, x, dropout_key, kept)
+    y_BD, *kept = _forward(op, _by_platform, op.save == "gate_up", params, x, dropout_key)
+    return y_BD, (params, x, dropout_key, [checkpoint_name(a, n) for a, n in zip(kept, ("mlp_gate", "mlp_up"))])
 
 
 def _feed_forward_backward(op, residuals, dy_BD):
-    return *_by_platform(op, _gradients, *residuals, dy_BD), None
+    params, x, dropout_key, kept = residuals
+    mask = _mask(op, params, x, dropout_key)
+    return *_by_platform(op, _gradients, params, x, mask, kept, dy_BD), None
 
 
 _feed_forward.defvjp(_feed_forward_forward, _feed_forward_backward)
 
 
-def _gradients(op, stored, params, x_BD, dropout_key, kept, dy_BD):
+def _forward(op, run, keep, params, x_BD, dropout_key):
+    """y and, to `keep`, gate and up. `run` is how pieces are run: :func:`_by_platform` or :func:`_in_wide`."""
+    mask_BF = _mask(op, params, x_BD, dropout_key)
+
+    def compute(x_BD, mask_BF):
+        h_BF, *gate_up = run(op, _hidden, params, x_BD, mask_BF)
+        h_BF = checkpoint_name(h_BF, "mlp_hidden")
+        return checkpoint_name(run(op, _down, params, h_BF), "mlp_out"), *(gate_up if keep else ())
+
+    if op.chunk_size is None or x_BD.ndim < 2 or x_BD.shape[-2] <= op.chunk_size:
+        return compute(x_BD, mask_BF)
+
+    def chunk(start, size, results):
+        parts = compute(_cut(x_BD, -2, start, size), _cut(mask_BF, -2, start, size))
+        return tuple(_put(whole, part, -2, start) for whole, part in zip(results, parts))
+
+    results = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(compute, x_BD, mask_BF))
+    return _in_slices(x_BD.shape[-2], op.chunk_size, chunk, results)
+
+
+def _hidden(op, params, x, mask_BF):
+    """h, gate and up, all in the compute dtype."""
+    gate_BF = checkpoint_name(_project(op, op.stored, x, params.gate_proj, params.gate_bias), "mlp_gate")
+    up_BF = checkpoint_name(_project(op, op.stored, x, params.up_proj, params.up_bias), "mlp_up")
+    h_BF = _gated(op, gate_BF.astype(op.wide), up_BF.astype(op.wide), mask_BF)
+    # Without the barrier gate and up both stay, for h to be computed inside the down projection.
+    return lax.optimization_barrier(h_BF.astype(op.dtype)), gate_BF.astype(op.dtype), up_BF.astype(op.dtype)
+
+
+def _mask(op, params, x_BD, dropout_key):
+    """True where dropout keeps an element of h; None without dropout."""
+    if op.dropout_rate == 0:
+        return None
+    return jax.random.bernoulli(dropout_key, 1 - op.dropout_rate, (*x_BD.shape[:-1], params.gate_proj.shape[1]))
+
+
+def _gated(op, gate_BF, up_BF, mask_BF):
+    h_BF = ACTIVATIONS[op.activation](gate_BF) * up_BF
+    return h_BF if mask_BF is None else jnp.where(mask_BF, h_BF / (1 - op.dropout_rate), 0)
+
+
+def _down(op, params, h_BF):
+    return _project(op, op.stored, h_BF, params.down_proj, params.down_bias).astype(op.dtype)
+
+
+def _gradients(op, params, x_BD, mask_BF, kept, dy_BD):
     """The gradients of the parameters and of x."""
-    # A 1 that the compiler cannot know: without it an unrolled stack shares what is computed again here with its
-    # forward pass, and so keeps it in memory. (A barrier around x or gate and up would have them copied.)
-    one, dy_BD = optimization_barrier((jnp.ones((), op.dtype), dy_BD))
-    if kept is None:
-        x_again_BD = x_BD.astype(op.dtype) * one
-        kept = (
-            _project(op, stored, x_again_BD, params.gate_proj, params.gate_bias),
-            _project(op, stored, x_again_BD, params.up_proj, params.up_bias),
-        )
+    hidden_dim = params.gate_proj.shape[1]
+    slice_size = _slice_size(op, x_BD, hidden_dim)
+    if slice_size >= hidden_dim:
+        dparams, dx_BD = _gradients_over_hidden(op, params, x_BD, mask_BF, kept, dy_BD)
     else:
-        kept = tuple(a * one for a in kept)
-    gate_BF, up_BF = (a.astype(op.wide) for a in kept)
-    dh_BF = _multiply(op, stored, dy_BD, params.down_proj, transpose=True).astype(op.wide)
-    h_BF, pull_back = jax.vjp(lambda gate, up: _gated(op, gate, up, dropout_key), gate_BF, up_BF)
+        over_hidden = {name: getattr(params, name) for name in HIDDEN_AXIS}
+
+        def add_slice(start, size, sums):
+            cut = functools.partial(_cut, start=start, size=size)
+            part = MLPParams(**{name: cut(a, HIDDEN_AXIS[name]) for name, a in over_hidden.items()})
+            dpart, dx_part_BD = _gradients_over_hidden(
+                op, part, x_BD, cut(mask_BF, -1), [cut(a, -1) for a in kept], dy_BD
+            )
+            dparams, dx_BD = sums
+            dparams = {name: _put(a, dpart[name], HIDDEN_AXIS[name], start) for name, a in dparams.items()}
+            return dparams, dx_BD + dx_part_BD
+
+        zeros = jax.tree.map(jnp.zeros_like, over_hidden), jnp.zeros(x_BD.shape, op.wide)
+        dparams, dx_BD = _in_slices(hidden_dim, slice_size, add_slice, zeros)
+    return MLPParams(**dparams, down_bias=_total(dy_BD, params.down_bias)), dx_BD.astype(x_BD.dtype)
+
+
+def _gradients_over_hidden(op, params, x_BD, mask_BF, kept, dy_BD):
+    """The gradients of the parameters that F is an axis of, by name, and their share of x's, not yet rounded."""
+    dh_BF = _multiply(op, op.stored, dy_BD, params.down_proj, transpose=True)
+    # A 1 that the compiler does not know and has only after dh: without it an unrolled stack shares what is computed
+    # again here with its forward pass, and so keeps it in memory. (Barriers around x, gate and up have them copied.)
+    one, dh_BF = lax.optimization_barrier((jnp.ones((), op.dtype), dh_BF))
+    if kept:
+        gate_BF, up_BF = (a * one for a in kept)
+    else:
+        x_again_BD = x_BD.astype(op.dtype) * one
+        gate_BF = _project(op, op.stored, x_again_BD, params.gate_proj, params.gate_bias)
+        up_BF = _project(op, op.stored, x_again_BD, params.up_proj, params.up_bias)
+    gate_BF, up_BF, dh_BF = (a.astype(op.wide) for a in (gate_BF, up_BF, dh_BF))
+    h_BF, pull_back = jax.vjp(lambda gate, up: _gated(op, gate, up, mask_BF), gate_BF, up_BF)
     # Without the barrier gate, up and dh all stay, for the operands of the products below to be computed inside them.
-    h_BF, dgate_BF, dup_BF = optimization_barrier(tuple(a.astype(op.dtype) for a in (h_BF, *pull_back(dh_BF))))
+    h_BF, dgate_BF, dup_BF = lax.optimization_barrier(tuple(a.astype(op.dtype) for a in (h_BF, *pull_back(dh_BF))))
+    dparams = {
+        "gate_proj": _outer(op, x_BD, dgate_BF, params.gate_proj),
+        "up_proj": _outer(op, x_BD, dup_BF, params.up_proj),
+        "down_proj": _outer(op, h_BF, dy_BD, params.down_proj),
+        "gate_bias": _total(dgate_BF, params.gate_bias),
+        "up_bias": _total(dup_BF, params.up_bias),
+    }
     dx_BD = _multiply(op, op.wide, dgate_BF, params.gate_proj, transpose=True)
-    dx_BD += _multiply(op, op.wide, dup_BF, params.up_proj, transpose=True)
-    dparams = MLPParams(
-        gate_proj=_outer(op, stored, x_BD, dgate_BF, params.gate_proj),
-        up_proj=_outer(op, stored, x_BD, dup_BF, params.up_proj),
-        down_proj=_outer(op, stored, h_BF, dy_BD, params.down_proj),
-        gate_bias=_total(dgate_BF, params.gate_bias),
-        up_bias=_total(dup_BF, params.up_bias),
-        down_bias=_total(dy_BD, params.down_bias),
-    )
-    return dparams, dx_BD.astype(x_BD.dtype)
+    return dparams, dx_BD + _multiply(op, op.wide, dup_BF, params.up_proj, transpose=True)
+
+
+def _slice_size(op, x_BD, hidden_dim):
+    """As many slices of F as the forward pass has chunks of tokens."""
+    chunks = 1 if op.chunk_size is None or x_BD.ndim < 2 else _ceil_div(x_BD.shape[-2], op.chunk_size)
+    return _ceil_div(_ceil_div(hidden_dim, max(chunks, 1)), LANES) * LANES
+
+
+def _ceil_div(a, b):
+    return -(-a // b)
+
+
+def _in_slices(total, size, body, carry):
+    """carry = body(start, size, carry) for every slice of an axis; the last may be shorter."""
+    whole, rest = divmod(total, size)
+    carry = lax.fori_loop(0, whole, lambda i, carry: body(i * size, size, carry), carry)
+    return body(whole * size, rest, carry) if rest else carry
+
+
+def _cut(array, axis, start, size):
+    return None if array is None else lax.dynamic_slice_in_dim(array, start, size, axis)
+
+
+def _put(array, part, axis, start):
+    return None if array is None else lax.dynamic_update_slice_in_dim(array, part, start, axis)
 
 
 def _project(op, result, x, weight, bias):
@@ -154,18 +224,23 @@ def _project(op, result, x, weight, bias):
 
 def _multiply(op, result, a, weight, transpose=False):
     """a @ weight, or a @ weight.T."""
+    tokens = a.shape[:-1]
+    if op.stored != op.dtype and math.prod(tokens) == 1:
+        # XLA's CPU backend multiplies a single row of bfloat16 ten times slower than two.
+        rows = jnp.pad(a.reshape(1, -1), ((0, 1), (0, 0)))
+        return _multiply(op, result, rows, weight, transpose)[:1].reshape(*tokens, -1)
     return _contract(op, result, a, weight, (a.ndim - 1,), (1 if transpose else 0,))
 
 
-def _outer(op, stored, a, b, weight):
+def _outer(op, a, b, weight):
     """a.T @ b, summed over all leading axes: a weight's gradient, in the weight's dtype."""
     tokens = tuple(range(a.ndim - 1))
-    return _contract(op, widest(stored, weight.dtype), a, b, tokens, tokens).astype(weight.dtype)
+    return _contract(op, widest(op.stored, weight.dtype), a, b, tokens, tokens).astype(weight.dtype)
 
 
 def _contract(op, result, a, b, a_axes, b_axes):
     dimensions = ((a_axes, b_axes), ((), ()))
-    return jax.lax.dot_general(a.astype(op.dtype), b.astype(op.dtype), dimensions, preferred_element_type=result)
+    return lax.dot_general(a.astype(op.dtype), b.astype(op.dtype), dimensions, preferred_element_type=result)
 
 
 def _total(d, bias):
