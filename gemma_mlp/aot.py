@@ -78,6 +78,8 @@ def devices(target: str) -> list[Any]:
       ValueError: if there is no such target.
       ImportError: if its compiler is not installed, or not in JAX's version.
     """
+    if target == "cpu":
+        return jax.local_devices(backend="cpu")
     return list(_topology(target).devices)
 
 
@@ -87,7 +89,7 @@ def compile_for(
     """Compiles `function` for an accelerator, without one.
 
     Args:
-      target: "tpu v5e:2x2", "tpu v5p:2x2x1", "tpu v6e:16x16" and the like, or "h200".
+      target: "tpu v5e:2x2", "tpu v5p:2x2x1", "tpu v6e:16x16" and the like, "h200", or "cpu" for this machine's.
       function: takes and returns arrays.
       args: arrays or `jax.ShapeDtypeStruct`s, and trees of them. Those without a sharding are for one chip; shardings
         are over meshes of :func:`devices`.
@@ -155,7 +157,7 @@ def _topology(target: str) -> topologies.TopologyDescription:
             raise ValueError(f"libtpu knows the topology. Received: {target!r}. Fix: {error}") from error
     require(
         target == "h200",
-        'A target is "tpu CHIP:TOPOLOGY", such as "tpu v5e:2x2", "tpu v5p:2x2x1" or "tpu v6e:16x16", or "h200".',
+        'A target is "tpu CHIP:TOPOLOGY", such as "tpu v5e:2x2", "tpu v5p:2x2x1" or "tpu v6e:16x16", "h200", or "cpu".',
         repr(target),
         "use one of these forms.",
     )

@@ -29,8 +29,14 @@ def test_collectives_are_read_from_the_text():
 
 @pytest.mark.parametrize("target", ["v5e:2x2", "tpu", "tpu v5e", "h100", "", "tpu v5e:2x"])
 def test_an_unknown_target_is_explained(target):
-    with pytest.raises(ValueError, match=r"A target is .*tpu v5e:2x2.* or \"h200\"\. Received: "):
+    with pytest.raises(ValueError, match=r"A target is .*tpu v5e:2x2.* \"h200\", or \"cpu\"\. Received: "):
         aot.compile_for(target, lambda x: x, jax.ShapeDtypeStruct((), "float32"))
+
+
+def test_this_machines_own_compiler():
+    x = jax.ShapeDtypeStruct((4, 4), "float32")
+    compiled = aot.compile_for("cpu", lambda x: x @ x, x)
+    assert compiled.argument_bytes == compiled.output_bytes == 64 and compiled.flops == pytest.approx(128)
 
 
 @pytest.mark.parametrize(("target", "package"), [("tpu v4:2x2x1", "libtpu"), ("h200", "jax-cuda13-plugin")])

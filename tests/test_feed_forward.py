@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from plain import plain
+from bench.plain import plain
 
 from gemma_mlp import ACTIVATIONS, PRESETS, MLPConfig, MLPParams, feed_forward, hidden_activations
 from gemma_mlp.kernels import xla

@@ -162,7 +162,7 @@ def _gradients(op, params, x_BD, mask_BF, kept, dy_BD):
     return MLPParams(**dparams, down_bias=_total(dy_BD, params.down_bias)), dx_BD.astype(x_BD.dtype)
 
 
-def _gradients_over_hidden(op, params, x_BD, mask_BF, kept, dy_BD):
+def _gradients_over_hidden(op, params, x_BD, mask_BF, kept, dy_BD) -> tuple[dict[str, Any], Array]:
     """The gradients of the parameters that F is an axis of, by name, and their share of x's, not yet rounded."""
     dh_BF = _multiply(op, op.stored, dy_BD, params.down_proj, transpose=True)
     # A 1 that the compiler does not know and has only after dh: without it an unrolled stack shares what is computed
@@ -206,11 +206,11 @@ def _in_slices(total, size, body, carry):
     return body(whole * size, rest, carry) if rest else carry
 
 
-def _cut(array, axis, start, size):
+def _cut(array, axis, start, size) -> Any:
     return None if array is None else lax.dynamic_slice_in_dim(array, start, size, axis)
 
 
-def _put(array, part, axis, start):
+def _put(array, part, axis, start) -> Any:
     return None if array is None else lax.dynamic_update_slice_in_dim(array, part, start, axis)
 
 

@@ -1,0 +1,40 @@
+"""The benchmark as a picture: time as a ratio to the bare products, memory by compiler."""
+
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+
+def draw(path: Path, report: dict) -> None:
+    """One panel for each dtype and pass that was timed, and one for the memory of the scanned stack."""
+    panels = sorted({(row["dtype"], row["pass"]) for row in report.get("time", [])})
+    memory = [row for row in report.get("memory", []) if row["stack"] == "scanned"]
+    count = len(panels) + bool(memory)
+    if count == 0:
+        return
+    figure, axes = plt.subplots(1, count, figsize=(5 * count, 4.5), layout="constrained", squeeze=False)
+    for (dtype, which), panel in zip(panels, axes[0]):
+        rows = [row for row in report["time"] if (row["dtype"], row["pass"]) == (dtype, which)]
+        for name in (name for name in rows[0] if name in ("ours", "input", "gate_up", "plain", "torch")):
+            ratios = [row[name] / row["products"] for row in rows]
+            panel.plot([row["tokens"] for row in rows], ratios, marker="o", label=name)
+        panel.axhline(1, color="gray", linestyle="--", label="bare products")
+        panel.set(
+            title=f"{which}, {dtype}", xlabel="tokens", ylabel="time / bare products", xscale="log", ylim=(0, None)
+        )
+        panel.legend()
+    if memory:
+        panel = axes[0][-1]
+        columns = [name for name in memory[0] if name not in ("stack", "layer", "chunk_size")]
+        for i, row in enumerate(memory):
+            label = row["layer"] + (", chunked" if row["chunk_size"] else "")
+            places = [place + i / (len(memory) + 1) for place in range(len(columns))]
+            panel.bar(places, [row[name] or 0 for name in columns], 1 / (len(memory) + 1), label=label, align="edge")
+        panel.set_xticks([place + 0.4 for place in range(len(columns))], columns, rotation=20)
+        panel.set(title="gradient of a scanned stack", ylabel="temporary memory, MiB")
+        panel.legend()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)

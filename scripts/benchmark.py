@@ -1,0 +1,117 @@
+"""Time, accuracy and memory of the feed-forward at a Gemma 2 size: tables, benchmark.json and benchmark.png.
+
+    python scripts/benchmark.py --config=configs/gemma2.py:2b        # or :9b, :27b
+    python scripts/benchmark.py --config=configs/gemma2.py:2b --config.sections="('memory',)"
+
+Time is taken on JAX's default device, so let nothing else run. Memory is of this CPU and, with the `aot` extra and
+JAX_PLATFORMS=cpu, of TPUs and the H200. With the `peers` extra, Hugging Face's module on PyTorch takes part.
+"""
+
+import importlib.util
+import json
+import platform
+from pathlib import Path
+
+import jax
+from absl import app, logging
+from bench import accuracy, figure, memory, timing
+from ml_collections import config_flags
+from tqdm import tqdm
+
+from gemma_mlp import PRESETS
+from gemma_mlp.checks import require
+
+CONFIG = config_flags.DEFINE_config_file(
+    "config",
+    str(Path(__file__).parents[1] / "configs" / "gemma2.py:2b"),
+    "What to measure; override any field with --config.FIELD=VALUE.",
+)
+
+
+def main(argv):
+    logging.set_verbosity(logging.WARNING)  # JAX tells of much at INFO
+    if len(argv) > 1:
+        raise app.UsageError(f"Unknown arguments: {argv[1:]}")
+    config = CONFIG.value
+    unknown = set(config.sections) - set(SECTIONS)
+    require(not unknown, f"config.sections are of {', '.join(SECTIONS)}.", ", ".join(unknown), "use these names.")
+    workdir = Path(config.workdir)
+    workdir.mkdir(parents=True, exist_ok=True)
+    report = {
+        "preset": config.preset,
+        "versions": f"JAX {jax.__version__}, Python {platform.python_version()}, {jax.devices()[0].device_kind}",
+    }
+    print(f"{config.preset}: {report['versions']}")
+    for name in config.sections:
+        report[name] = SECTIONS[name](config, report)
+        (workdir / "benchmark.json").write_text(json.dumps(report, indent=2))
+    figure.draw(workdir / "benchmark.png", report)
+    print(f"\nIn {workdir}: benchmark.json, benchmark.png")
+
+
+def time(config, report):
+    preset = PRESETS[config.preset]
+    peer = "torch" if all(map(importlib.util.find_spec, ("torch", "transformers"))) else None
+    contestants = ("ours", "input", "gate_up", "plain", *([peer] if peer else []))
+    print("\nMilliseconds of the bare products, and the others as ratios to them" + ("" if peer else PEER_MISSING))
+    print(row("dtype", "pass", "tokens", "products", *contestants, "TFLOP/s", "GB/s"))
+    report["ceiling"] = {dtype: timing.ceiling(dtype, config.rounds) for dtype in config.dtypes}
+    rows = []
+    with tqdm(total=2 * len(config.dtypes) * len(config.tokens), leave=False) as bar:
+        for dtype, tokens in ((dtype, tokens) for dtype in config.dtypes for tokens in config.tokens):
+            for measured in timing.measure(preset, dtype, tokens, config.rounds):
+                flops, moved = timing.work(preset, dtype, tokens, measured["pass"])
+                ours = measured.get("ours") or min(measured["input"], measured["gate_up"])
+                reached = {"TFLOP/s": flops / ours / 1e9, "GB/s": moved / ours / 1e6}
+                rows.append({"dtype": dtype, "tokens": tokens, **measured, **reached})
+                ratios = (ratio(measured, name) for name in contestants)
+                numbers = (f"{reached['TFLOP/s']:.2f}", f"{reached['GB/s']:.0f}")
+                tqdm.write(row(dtype, measured["pass"], tokens, f"{measured['products']:.2f}", *ratios, *numbers))
+                bar.update()
+    for dtype, best in report["ceiling"].items():
+        print(f"The device's own best in {dtype}: {best['TFLOP/s']:.2f} TFLOP/s, {best['GB/s']:.0f} GB/s")
+    return rows
+
+
+def ratio(measured, name):
+    return f"{measured[name] / measured['products']:.2f}" if name in measured else ""
+
+
+def errors(config, _):
+    print("\nRelative L2 error x 1000 against float64, bfloat16")
+    print(row("tokens", "layer", *accuracy.RESULTS))
+    rows = []
+    for tokens in config.accuracy_tokens:
+        for measured in tqdm(accuracy.measure(PRESETS[config.preset], tokens), total=4, leave=False):
+            rows.append(measured)
+            numbers = (f"{1000 * measured[name]:.2f}" for name in accuracy.RESULTS)
+            tqdm.write(row(tokens, measured["layer"], *numbers))
+    return rows
+
+
+def stacks(config, _):
+    compilers, missing = memory.compilers()
+    print(
+        f"\nMiB of temporary memory of a gradient, {config.memory_tokens} tokens, bfloat16; stacks of {config.layers}"
+    )
+    for name, reason in missing.items():
+        print(f"{name} is left out: {reason}")
+    print(row("stack", "layer", "chunk_size", *compilers))
+    sizes = {"tokens": config.memory_tokens, "layers": config.layers, "chunk_size": config.chunk_size}
+    rows = []
+    for measured in tqdm(memory.measure(config.preset, compilers, **sizes), total=15, leave=False):
+        rows.append(measured)
+        numbers = ("too large" if measured[name] is None else f"{measured[name]:.0f}" for name in compilers)
+        tqdm.write(row(measured["stack"], measured["layer"], measured["chunk_size"] or "", *numbers))
+    return rows
+
+
+def row(*cells):
+    return "".join(f"{cell!s:>14}" for cell in cells)
+
+
+PEER_MISSING = "; without Hugging Face's, for want of torch and transformers"
+SECTIONS = {"time": time, "accuracy": errors, "memory": stacks}
+
+if __name__ == "__main__":
+    app.run(main)
