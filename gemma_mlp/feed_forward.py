@@ -107,7 +107,7 @@ def _checked_op(params, x, activation, dtype, dropout_rate, dropout_key, save, c
         f"dropout_rate {dropout_rate} and no dropout_key",
         "pass a dropout_key in training, dropout_rate=0 at evaluation.",
     )
-    return xla.Op(activation, dtype, dtype, dropout_rate, save, chunk_size)
+    return xla.Op(activation, dtype, dropout_rate, save, chunk_size)
 
 
 def _check_shapes(arrays: dict[str, Any], x: Any) -> None:

@@ -12,7 +12,7 @@ FLOORS = [
     {"checks", "activations"},
     {"dtypes", "aot"},
     {"config"},
-    {"params", "rms_norm"},
+    {"params", "rms_norm", "kernels.products"},
     {"kernels.xla"},
     {"feed_forward"},
     {"block"},

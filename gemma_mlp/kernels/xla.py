@@ -11,7 +11,6 @@ The optimisation barriers decide what is in memory; tests/aot holds the compiler
 """
 
 import functools
-import math
 from typing import Any, NamedTuple
 
 import jax
@@ -23,6 +22,7 @@ from jaxtyping import Array, Float, Key
 from gemma_mlp.activations import ACTIVATIONS, Activation
 from gemma_mlp.config import Save
 from gemma_mlp.dtypes import accumulation_dtype, widest
+from gemma_mlp.kernels.products import in_slices, multiply, outer
 from gemma_mlp.params import MLPParams
 
 LANES = 128  # the width of a TPU's vector registers: slices of F are multiples of it
@@ -34,15 +34,20 @@ class Op(NamedTuple):
 
     activation: Activation
     dtype: Any
-    stored: Any  # what products between element-wise work are stored in
     dropout_rate: float
     save: Save
     chunk_size: int | None
+    on_cpu: bool = False
 
     @property
     def wide(self):
         """The dtype of sums and of element-wise work."""
         return accumulation_dtype(self.dtype)
+
+    @property
+    def stored(self):
+        """What products are stored in between element-wise work."""
+        return self.wide if self.on_cpu else self.dtype
 
 
 def feed_forward(
@@ -50,7 +55,7 @@ def feed_forward(
 ) -> Float[Array, "*B D"]:
     """y = (activation(x W_gate + b_gate) * (x W_up + b_up)) W_down + b_down, in `op.dtype`."""
     if op.save == "autodiff":
-        return _forward(op, _in_wide, False, params, x, dropout_key)[0]
+        return _forward(op, _as_on_cpu, False, params, x, dropout_key)[0]
     return _feed_forward(op, params, x, dropout_key)
 
 
@@ -61,17 +66,15 @@ def hidden(
     return _by_platform(op, _hidden, params, x, _mask(op, params, x, dropout_key))[0]
 
 
-def _in_wide(op, function, *args):
-    """function(op, *args) with nothing rounded between products, for JAX to differentiate."""
-    return function(op._replace(stored=op.wide), *args)
+def _as_on_cpu(op, function, *args):
+    """function(op, *args) with nothing rounded between products, wherever it runs."""
+    return function(op._replace(on_cpu=True), *args)
 
 
 def _by_platform(op, function, *args):
-    """function(op, *args), with nothing rounded between products on a CPU."""
-    on_cpu, on_accelerator = functools.partial(_in_wide, op, function), functools.partial(function, op)
-    if op.dtype == op.wide:
-        return on_cpu(*args)
-    return lax.platform_dependent(*args, cpu=on_cpu, default=on_accelerator)
+    """function(op, *args) as the platform that it is compiled for has it."""
+    on_cpu, elsewhere = functools.partial(_as_on_cpu, op, function), functools.partial(function, op)
+    return lax.platform_dependent(*args, cpu=on_cpu, default=elsewhere)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -94,7 +97,7 @@ _feed_forward.defvjp(_feed_forward_forward, _feed_forward_backward)
 
 
 def _forward(op, run, keep, params, x_BD, dropout_key):
-    """y and, to `keep`, gate and up. `run` is how pieces are run: :func:`_by_platform` or :func:`_in_wide`."""
+    """y and, to `keep`, gate and up. `run` is how pieces are run: :func:`_by_platform` or :func:`_as_on_cpu`."""
     mask_BF = _mask(op, params, x_BD, dropout_key)
 
     def compute(x_BD, mask_BF):
@@ -110,13 +113,15 @@ def _forward(op, run, keep, params, x_BD, dropout_key):
         return tuple(_put(whole, part, -2, start) for whole, part in zip(results, parts))
 
     results = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(compute, x_BD, mask_BF))
-    return _in_slices(x_BD.shape[-2], op.chunk_size, chunk, results)
+    return in_slices(x_BD.shape[-2], op.chunk_size, chunk, results)
 
 
 def _hidden(op, params, x, mask_BF):
     """h, gate and up, all in the compute dtype."""
-    gate_BF = checkpoint_name(_project(op, op.stored, x, params.gate_proj, params.gate_bias), "mlp_gate")
-    up_BF = checkpoint_name(_project(op, op.stored, x, params.up_proj, params.up_bias), "mlp_up")
+    gate_BF = _project(op, op.stored, x, params.gate_proj, params.gate_bias)
+    up_BF = _project(op, op.stored, x, params.up_proj, params.up_bias)
+    if op.save == "autodiff":  # else they are tagged where they are kept
+        gate_BF, up_BF = checkpoint_name(gate_BF, "mlp_gate"), checkpoint_name(up_BF, "mlp_up")
     h_BF = _gated(op, gate_BF.astype(op.wide), up_BF.astype(op.wide), mask_BF)
     # Without the barrier gate and up both stay, for h to be computed inside the down projection.
     return lax.optimization_barrier(h_BF.astype(op.dtype)), gate_BF.astype(op.dtype), up_BF.astype(op.dtype)
@@ -158,7 +163,7 @@ def _gradients(op, params, x_BD, mask_BF, kept, dy_BD):
             return dparams, dx_BD + dx_part_BD
 
         zeros = jax.tree.map(jnp.zeros_like, over_hidden), jnp.zeros(x_BD.shape, op.wide)
-        dparams, dx_BD = _in_slices(hidden_dim, slice_size, add_slice, zeros)
+        dparams, dx_BD = in_slices(hidden_dim, slice_size, add_slice, zeros)
     return MLPParams(**dparams, down_bias=_total(dy_BD, params.down_bias)), dx_BD.astype(x_BD.dtype)
 
 
@@ -167,7 +172,10 @@ def _gradients_over_hidden(op, params, x_BD, mask_BF, kept, dy_BD) -> tuple[dict
     dh_BF = _multiply(op, op.stored, dy_BD, params.down_proj, transpose=True)
     # A 1 that the compiler does not know and has only after dh: without it an unrolled stack shares what is computed
     # again here with its forward pass, and so keeps it in memory. (Barriers around x, gate and up have them copied.)
-    one, dh_BF = lax.optimization_barrier((jnp.ones((), op.dtype), dh_BF))
+    # On a CPU, where time is what is short, it may share.
+    one = jnp.ones((), op.dtype)
+    if not op.on_cpu:
+        one, dh_BF = lax.optimization_barrier((one, dh_BF))
     if kept:
         gate_BF, up_BF = (a * one for a in kept)
     else:
@@ -199,13 +207,6 @@ def _ceil_div(a, b):
     return -(-a // b)
 
 
-def _in_slices(total, size, body, carry):
-    """carry = body(start, size, carry) for every slice of an axis; the last may be shorter."""
-    whole, rest = divmod(total, size)
-    carry = lax.fori_loop(0, whole, lambda i, carry: body(i * size, size, carry), carry)
-    return body(whole * size, rest, carry) if rest else carry
-
-
 def _cut(array, axis, start, size) -> Any:
     return None if array is None else lax.dynamic_slice_in_dim(array, start, size, axis)
 
@@ -223,24 +224,13 @@ def _project(op, result, x, weight, bias):
 
 
 def _multiply(op, result, a, weight, transpose=False):
-    """a @ weight, or a @ weight.T."""
-    tokens = a.shape[:-1]
-    if op.stored != op.dtype and math.prod(tokens) == 1:
-        # XLA's CPU backend multiplies a single row of bfloat16 ten times slower than two.
-        rows = jnp.pad(a.reshape(1, -1), ((0, 1), (0, 0)))
-        return _multiply(op, result, rows, weight, transpose)[:1].reshape(*tokens, -1)
-    return _contract(op, result, a, weight, (a.ndim - 1,), (1 if transpose else 0,))
+    return multiply(a, weight, result=result, dtype=op.dtype, on_cpu=op.on_cpu, transpose=transpose)
 
 
 def _outer(op, a, b, weight):
     """a.T @ b, summed over all leading axes: a weight's gradient, in the weight's dtype."""
-    tokens = tuple(range(a.ndim - 1))
-    return _contract(op, widest(op.stored, weight.dtype), a, b, tokens, tokens).astype(weight.dtype)
-
-
-def _contract(op, result, a, b, a_axes, b_axes):
-    dimensions = ((a_axes, b_axes), ((), ()))
-    return lax.dot_general(a.astype(op.dtype), b.astype(op.dtype), dimensions, preferred_element_type=result)
+    result = widest(op.stored, weight.dtype)
+    return outer(a, b, result=result, dtype=op.dtype, on_cpu=op.on_cpu).astype(weight.dtype)
 
 
 def _total(d, bias):

@@ -1,0 +1,59 @@
+"""The block's matrix products: operands in the compute dtype, sums in float32, on the fast path of each backend.
+
+XLA's CPU backend has a fast path for bfloat16 that takes several rows at a time and sums over the last axis of the
+first operand. What it would not take is brought into that form here; float32 is as fast in any.
+"""
+
+import math
+
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental.layout import Layout, with_layout_constraint
+
+BLOCKS = 8  # of an outer product: a block of float32 sums then stays in the cache until it is rounded
+
+
+def multiply(a, weight, *, result, dtype, on_cpu=False, transpose=False):
+    """a @ weight, or a @ weight.T, over the last axis of a: operands in `dtype`, result in `result`."""
+    tokens = a.shape[:-1]
+    if on_cpu and dtype == jnp.bfloat16 and math.prod(tokens) == 1:  # one row takes ten times as long as two
+        rows = jnp.pad(a.reshape(1, -1), ((0, 1), (0, 0)))
+        rows = multiply(rows, weight, result=result, dtype=dtype, transpose=transpose)
+        return rows[:1].reshape(*tokens, -1)
+    return _dot(a, weight, (a.ndim - 1,), (1 if transpose else 0,), result, dtype)
+
+
+def outer(a, b, *, result, dtype, on_cpu=False):
+    """a.T @ b, summed over all leading axes: operands in `dtype`, result in `result`."""
+    if on_cpu and dtype == jnp.bfloat16 and math.prod(a.shape[:-1]) > 1:
+        return _outer_in_blocks(_flat(a, dtype), _flat(b, dtype), result)
+    tokens = tuple(range(a.ndim - 1))
+    return _dot(a, b, tokens, tokens, result, dtype)
+
+
+def _outer_in_blocks(a, b, result):
+    # Without the constraint XLA would undo the transposition, as the product can as well sum over the first axis.
+    transposed = with_layout_constraint(a.T, Layout(major_to_minor=(0, 1)))
+
+    def multiply_block(start, size, product):
+        block = _dot(lax.dynamic_slice_in_dim(transposed, start, size), b, (1,), (0,), jnp.float32, a.dtype)
+        return lax.dynamic_update_slice_in_dim(product, block.astype(result), start, 0)
+
+    rows, columns = a.shape[1], b.shape[1]
+    return in_slices(rows, -(-rows // BLOCKS), multiply_block, jnp.zeros((rows, columns), result))
+
+
+def in_slices(total, size, body, carry):
+    """carry = body(start, size, carry) for every slice of an axis; the last may be shorter."""
+    whole, rest = divmod(total, size)
+    carry = lax.fori_loop(0, whole, lambda i, carry: body(i * size, size, carry), carry)
+    return body(whole * size, rest, carry) if rest else carry
+
+
+def _flat(a, dtype):
+    return a.reshape(-1, a.shape[-1]).astype(dtype)
+
+
+def _dot(a, b, a_axes, b_axes, result, dtype):
+    dimensions = ((a_axes, b_axes), ((), ()))
+    return lax.dot_general(a.astype(dtype), b.astype(dtype), dimensions, preferred_element_type=result)

@@ -1,0 +1,58 @@
+"""The products in every form, inside every transformation: the same numbers as in float64, rounded once."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from gemma_mlp.kernels import products
+from tests import samples
+from tests.reference import relative_error
+
+BOUNDS = {"float32": 1e-6, "bfloat16": 2**-8 / 3**0.5}  # of bfloat16: one rounding of the result
+
+
+def case(*shape, seed=0):
+    exact = samples.normal(np.random.default_rng(seed), shape)
+    return exact, jnp.asarray(exact, "bfloat16")
+
+
+@pytest.mark.parametrize("result", ["float32", "bfloat16"])
+@pytest.mark.parametrize("on_cpu", [False, True])
+@pytest.mark.parametrize("transpose", [False, True])
+@pytest.mark.parametrize("tokens", [(), (1,), (1, 1), (2,), (0,), (2, 3)], ids=str)
+def test_multiply(tokens, transpose, on_cpu, result):
+    (a, a_bf16), (weight, weight_bf16) = case(*tokens, 24), case(*((8, 24) if transpose else (24, 8)), seed=1)
+    options = {"result": result, "dtype": jnp.dtype("bfloat16"), "on_cpu": on_cpu, "transpose": transpose}
+    got = jax.jit(functools.partial(products.multiply, **options))(a_bf16, weight_bf16)
+    assert got.shape == (*tokens, 8) and got.dtype == result
+    assert relative_error(got, a @ (weight.T if transpose else weight)) <= BOUNDS[result]
+
+
+@pytest.mark.parametrize("result", ["float32", "bfloat16"])
+@pytest.mark.parametrize("on_cpu", [False, True])
+@pytest.mark.parametrize("rows", [3, 8, 60])  # fewer than the blocks, as many, blocks with a tail
+@pytest.mark.parametrize("tokens", [(), (1,), (2,), (0,), (4, 3)], ids=str)
+def test_outer(tokens, rows, on_cpu, result):
+    (a, a_bf16), (b, b_bf16) = case(*tokens, rows), case(*tokens, 16, seed=1)
+    options = {"result": result, "dtype": jnp.dtype("bfloat16"), "on_cpu": on_cpu}
+    got = jax.jit(functools.partial(products.outer, **options))(a_bf16, b_bf16)
+    assert got.shape == (rows, 16) and got.dtype == result
+    assert relative_error(got, a.reshape(-1, rows).T @ b.reshape(-1, 16)) <= BOUNDS[result]
+
+
+@pytest.mark.parametrize("result", ["float32", "bfloat16"])
+@pytest.mark.parametrize("transform", ["vmap", "scan", "remat"])
+def test_outer_inside_a_transformation(transform, result):
+    """XLA's CPU backend has products that it compiles and cannot run when an operand comes out of a loop."""
+    (a, a_bf16), (b, b_bf16) = case(3, 32, 60), case(3, 32, 16, seed=1)
+    outer = functools.partial(products.outer, result=result, dtype=jnp.dtype("bfloat16"), on_cpu=True)
+    function = {
+        "vmap": jax.vmap(outer),
+        "scan": lambda a, b: jax.lax.scan(lambda carry, ab: (carry, outer(*ab)), None, (a, b))[1],
+        "remat": jax.vmap(jax.checkpoint(outer)),
+    }[transform]
+    got = jax.jit(function)(a_bf16, b_bf16)
+    assert relative_error(got, np.einsum("ltd,ltf->ldf", a, b)) <= BOUNDS[result]
