@@ -53,7 +53,7 @@ def list_files(folder: Path) -> dict[str, Path]:
     require(
         len(present) == 1,
         f"{folder} holds either {SINGLE} or {INDEX}.",
-        " and ".join(present) or f"neither, but {', '.join(sorted(os.listdir(folder))[:5])}" if folder.is_dir() else "no folder",
+        " and ".join(present or sorted(path.name for path in folder.glob("*"))[:5]) or "nothing",
         "remove the stale one; files in other formats (.bin, .pt) are pickles, which are never opened.",
     )
     if present == [SINGLE]:
@@ -100,14 +100,21 @@ def read_headers(path: Path) -> dict[str, Header]:
     with opened(path) as file:
         slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
         return {
-            name: Header(tuple(part.get_shape()), DTYPES.get(part.get_dtype(), part.get_dtype()))
+            name: Header(tuple(part.get_shape()), DTYPES.get(str(part.get_dtype()), str(part.get_dtype())))
             for name, part in slices.items()
         }
 
 
-def create(folder: Path, tensors: Iterable[tuple[str, np.ndarray]], config: Mapping[str, Any], shard_bytes: int) -> None:
+def require_new(path: Path) -> None:
+    """Raises ValueError if there is something there."""
+    require(not path.exists(), "A checkpoint is written to a new folder.", f"{path}, which exists", "choose another.")
+
+
+def create(
+    folder: Path, tensors: Iterable[tuple[str, np.ndarray]], config: Mapping[str, Any], shard_bytes: int
+) -> None:
     """Writes a new folder, whole or not at all."""
-    require(not folder.exists(), "A checkpoint is written to a new folder.", f"{folder}, which exists", "choose another.")
+    require_new(folder)
     partial = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}")
     partial.mkdir(parents=True)
     try:
@@ -117,9 +124,11 @@ def create(folder: Path, tensors: Iterable[tuple[str, np.ndarray]], config: Mapp
             safetensors.numpy.save_file(shard, path, metadata={"format": "pt"})
             shards.append(dict.fromkeys(shard, path))
         total = sum(path.stat().st_size for shard in shards for path in set(shard.values()))
-        names = [SINGLE] if len(shards) == 1 else [
-            f"model-{number:05}-of-{len(shards):05}.safetensors" for number in range(1, len(shards) + 1)
-        ]
+        names = (
+            [SINGLE]
+            if len(shards) == 1
+            else [f"model-{number:05}-of-{len(shards):05}.safetensors" for number in range(1, len(shards) + 1)]
+        )
         for shard, name in zip(shards, names):
             next(iter(shard.values())).rename(partial / name)
         if len(shards) > 1:
@@ -168,7 +177,8 @@ def update(folder: Path, files: Mapping[str, Path], tensors: Mapping[str, Any]) 
         else:
             index = read_json(folder / INDEX)
             index["weight_map"] = {
-                name: fresh.get(folder / file, folder / file).name for name, file in index["weight_map"].items()
+                name: fresh[folder / file].name if folder / file in fresh else file
+                for name, file in index["weight_map"].items()
             }
             partial = folder / f".{INDEX}.{uuid.uuid4().hex[:8]}"
             _write_json(partial, index)

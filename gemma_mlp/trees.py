@@ -5,6 +5,7 @@ D and F as everywhere, 2 for gate and up, L for stacked layers. Everything else 
 """
 
 import dataclasses
+import functools
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -113,7 +114,7 @@ class Layout:
 
 @dataclasses.dataclass(frozen=True)
 class Slot:
-    """Where one leaf of one layer lies: at `at` of `tensor`, an index for its axes L and 2 and letters for the others."""
+    """Where one leaf of one layer lies: at `at` of `tensor`, which has an index for its axes L and 2, else letters."""
 
     tensor: str
     at: tuple[int | str, ...]
@@ -125,7 +126,7 @@ class Slot:
         """The leaf, or the part of it that `index` says, out of anything that can be indexed."""
         axes = LEAVES[self.leaf]
         slices = dict(zip(axes, index or (slice(None),) * len(axes)))
-        part = _apply(lambda tensor: tensor[tuple(slices.get(at, at) for at in self.at)], tensor)
+        part = _apply(lambda tensor: tensor[tuple(slices[at] if isinstance(at, str) else at for at in self.at)], tensor)
         part = _transpose(part, "".join(at for at in self.at if isinstance(at, str)), axes)
         return _shift(part, -1, self.tensor, self.layout) if self.plus_one else part
 
@@ -157,16 +158,28 @@ def to_tree(layers: Sequence[MLPBlockParams], layout: Layout) -> dict[Any, Any]:
       ValueError: if the parameters do not have the shapes that `layout.config` says; if the layout has several
         orientations and none was chosen; if 1 + w cannot hold w.
     """
-    leaves = [block_leaves(params) for params in layers]
+    tree: dict[Any, Any] = {}
+    for name, make in stored_tensors(dict(enumerate(layers)), layout).items():
+        *path, last = layout.keys(name)
+        node = tree
+        for key in path:
+            node = node.setdefault(key, {})
+        node[last] = make()
+    return tree
+
+
+def stored_tensors(layers: Mapping[int, MLPBlockParams], layout: Layout) -> dict[str, Callable[[], Any]]:
+    """The tensors of a layout by name, each made when it is called for; errors are those of :func:`to_tree`."""
+    leaves = {number: block_leaves(params) for number, params in layers.items()}
     expected = {leaf: layout.shape(axes, 0, 1) for leaf, axes in layout.leaves.items()}
-    for number, layer in enumerate(leaves):
+    for number, layer in leaves.items():
         require(
             {leaf: tuple(array.shape) for leaf, array in layer.items()} == expected,
             f"Every layer has the shapes that the config says, {expected}.",
             f"{', '.join(f'{leaf} {describe(array)}' for leaf, array in layer.items())} in layer {number}",
             "check the config; unstack() makes a list of stacked layers.",
         )
-    tree: dict[Any, Any] = {}
+    tensors = {}
     for stored in layout.stored:
         require(
             len(stored.axes) == 1,
@@ -174,16 +187,12 @@ def to_tree(layers: Sequence[MLPBlockParams], layout: Layout) -> dict[Any, Any]:
             "none",
             "choose one where the layout is made.",
         )
-        holders: dict[str, list[dict[str, Any]]] = {}
-        for number, layer in enumerate(leaves):
+        holders: dict[str, list[Mapping[str, Any]]] = {}
+        for number, layer in sorted(leaves.items()):
             holders.setdefault(layout.name(stored, number), []).append(layer)
         for name, held in holders.items():
-            *path, last = layout.keys(name)
-            node = tree
-            for key in path:
-                node = node.setdefault(key, {})
-            node[last] = _assemble(held, stored, layout, name)
-    return tree
+            tensors[name] = functools.partial(_assemble, held, stored, layout, name)
+    return tensors
 
 
 def stack(layers: Sequence[MLPBlockParams]) -> MLPBlockParams:
@@ -218,7 +227,9 @@ def flatten(tree: Any, separator: str) -> dict[str, Any]:
     leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
     names = [jax.tree_util.keystr(path, simple=True, separator=separator) for path, _ in leaves]
     twice = [name for name, count in Counter(names).items() if count > 1]
-    require(not twice, "Every tensor has a name of its own.", ", ".join(twice[:3]), "pass one form of the tree, not two.")
+    require(
+        not twice, "Every tensor has a name of its own.", ", ".join(twice[:3]), "pass one form of the tree, not two."
+    )
     return {name: leaf for name, (_, leaf) in zip(names, leaves)}
 
 

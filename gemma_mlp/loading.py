@@ -1,8 +1,9 @@
-"""Puts layers onto devices leaf by leaf, so that beside the result no more than one tensor is in memory."""
+"""Puts layers onto devices, tensor by tensor, so that beside the result no more than one of them is in memory."""
 
 import functools
+import operator
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,10 +11,77 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from gemma_mlp.checks import describe, require
+from gemma_mlp.dtypes import accumulation_dtype, compute_dtype
 from gemma_mlp.params import MLPBlockParams
-from gemma_mlp.trees import block_leaves, make_params
+from gemma_mlp.trees import Layout, Slot, block_leaves, locate, make_params
 
-Leaves = Mapping[str, Any]
+
+class Source(NamedTuple):
+    """Layers of a checkpoint of which everything but the values is known to be right."""
+
+    layout: Layout
+    tensors: Mapping[str, Any]  # by name, with shape and dtype
+    slots: Mapping[int, Mapping[str, Slot]]  # by layer and leaf
+    where: Callable[[str], str]  # the file of a tensor
+
+    @classmethod
+    def of(cls, layout: Layout, tensors: Mapping[str, Any], num_layers: int, layers: Sequence[int], where) -> "Source":
+        """Errors are those of :func:`gemma_mlp.trees.locate`."""
+        return cls(layout, tensors, dict(zip(layers, locate(layout, tensors, num_layers, layers, where))), where)
+
+
+def choose_layers(num_layers: int, layers: Sequence[int] | None) -> Sequence[int]:
+    """The numbers of the layers asked for.
+
+    Raises:
+      ValueError: if there is no such layer, or one is asked for twice, or none.
+    """
+    numbers = range(num_layers) if layers is None else [operator.index(layer) for layer in layers]
+    require(
+        len(numbers) > 0 and len(set(numbers)) == len(numbers) and all(0 <= number < num_layers for number in numbers),
+        f"layers names some of the layers 0 to {num_layers - 1}, each once.",
+        str(list(numbers)),
+        "check layers=.",
+    )
+    return numbers
+
+
+def load(
+    source: Source,
+    fetch: Callable[[Slot, tuple[int, ...], Any, Any], jax.Array],
+    *,
+    dtype: Any,
+    shardings: Any,
+    stacked: bool,
+) -> Any:
+    """A list of layers, or one stack of them.
+
+    Args:
+      source: where they are.
+      fetch: gives one leaf: (slot, shape, dtype, sharding) -> array. Leaves of one tensor are asked for in a row.
+      dtype: to cast to; None: that of the tensors.
+      shardings: None, a device, or an `MLPBlockParams` of shardings, of stacked leaves if `stacked`.
+      stacked: whether to stack.
+
+    Raises:
+      ValueError: if a tensor is not finite; for a dtype or a sharding that cannot be had.
+    """
+    shapes = {leaf: source.layout.shape(axes, 0, 1) for leaf, axes in source.layout.leaves.items()}
+    lead = (len(source.slots),) if stacked else ()
+    placed = leaf_shardings(shardings, {leaf: (*lead, *shape) for leaf, shape in shapes.items()})
+    by_tensor: dict[str, list[tuple[int, Slot]]] = {}
+    for position, slots in enumerate(source.slots.values()):
+        for slot in slots.values():
+            by_tensor.setdefault(slot.tensor, []).append((position, slot))
+
+    gathering = Gathering(len(source.slots), placed, stacked)
+    for name, held in by_tensor.items():
+        for position, slot in held:
+            own = source.tensors[name].dtype
+            target = compute_dtype(dtype or (accumulation_dtype(own) if slot.plus_one else own))
+            array = fetch(slot, shapes[slot.leaf], target, gathering.sharding(slot.leaf))
+            gathering.add(position, slot.leaf, array, f"{name} in {source.where(name)}")
+    return gathering.result()
 
 
 def leaf_shardings(shardings: Any, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
@@ -45,7 +113,7 @@ def leaf_shardings(shardings: Any, shapes: Mapping[str, tuple[int, ...]]) -> dic
 
 def place(read: Callable[[tuple[slice, ...]], np.ndarray], shape: tuple[int, ...], sharding: Any) -> jax.Array:
     """An array of which `read` gives any part; one part is on the host at a time, and replicas are read once."""
-    parts: dict[tuple, tuple[tuple[slice, ...], list[jax.Device]]] = {}
+    parts: dict[tuple, tuple[tuple[slice, ...], list[Any]]] = {}
     for device, index in sharding.addressable_devices_indices_map(shape).items():
         key = tuple(part.indices(size) for part, size in zip(index, shape))
         parts.setdefault(key, (tuple(slice(*bounds) for bounds in key), []))[1].append(device)
@@ -87,8 +155,7 @@ class Gathering:
         Raises:
           ValueError: if it is not finite.
         """
-        count = int(_count_not_finite(array))
-        require(count == 0, f"{name} is finite.", f"{count} numbers that are not", "the checkpoint is damaged.")
+        require_finite(name, array)
         if not self._stacked:
             self._layers[layer][leaf] = array
             return
@@ -98,7 +165,14 @@ class Gathering:
         self._stack[leaf] = jax.block_until_ready(_set_layer(self._stack[leaf], layer, array))
 
     def result(self) -> Any:
+        """All that came."""
         return make_params(self._stack) if self._stacked else [make_params(layer) for layer in self._layers]
+
+
+def require_finite(name: str, array: Any) -> None:
+    """Raises ValueError unless all of the array is finite."""
+    count = int(_count_not_finite(array))
+    require(count == 0, f"{name} is finite.", f"{count} numbers that are not, of {array.size}", "find a sound copy.")
 
 
 @jax.jit
