@@ -203,6 +203,7 @@ LAYOUTS: dict[str, Callable[..., Layout]] = {  # by the names that scripts/conve
     "maxtext": maxtext,
     "maxtext_fused": functools.partial(maxtext, fused=True),
     "maxtext_unscanned": functools.partial(maxtext, scanned=False),
+    "maxtext_unscanned_fused": functools.partial(maxtext, scanned=False, fused=True),
     "t5x": t5x,
     "nnx": nnx,
     "gemma_mlp": gemma_mlp,
