@@ -163,7 +163,12 @@ def write_huggingface(
     """
     model_type = "gemma2" if config.post_norm else "gemma"
     names = {activation: name for name, activation in ACTIVATIONS.items()}
-    require_choice("activation", config.activation, names)
+    require(
+        config.activation in names and (model_type, config.activation) != ("gemma", "gelu"),
+        f"An activation that config.json can say is one of {', '.join(names)}, without gelu in Gemma 1.",
+        config.activation,
+        "write an Orbax checkpoint.",
+    )
     tensors = stored_tensors(dict(enumerate(params)), huggingface(config))
     for number, layer in enumerate(params):
         for leaf, array in block_leaves(layer).items():

@@ -179,7 +179,6 @@ def stored_tensors(layers: Mapping[int, MLPBlockParams], layout: Layout) -> dict
             f"{', '.join(f'{leaf} {describe(array)}' for leaf, array in layer.items())} in layer {number}",
             "check the config; unstack() makes a list of stacked layers.",
         )
-    tensors = {}
     for stored in layout.stored:
         require(
             len(stored.axes) == 1,
@@ -187,12 +186,11 @@ def stored_tensors(layers: Mapping[int, MLPBlockParams], layout: Layout) -> dict
             "none",
             "choose one where the layout is made.",
         )
-        holders: dict[str, list[Mapping[str, Any]]] = {}
-        for number, layer in sorted(leaves.items()):
-            holders.setdefault(layout.name(stored, number), []).append(layer)
-        for name, held in holders.items():
-            tensors[name] = functools.partial(_assemble, held, stored, layout, name)
-    return tensors
+    held: dict[str, tuple[Stored, list[Mapping[str, Any]]]] = {}
+    for number, layer in sorted(leaves.items()):
+        for stored in layout.stored:
+            held.setdefault(layout.name(stored, number), (stored, []))[1].append(layer)
+    return {name: functools.partial(_assemble, layers, stored, layout, name) for name, (stored, layers) in held.items()}
 
 
 def stack(layers: Sequence[MLPBlockParams]) -> MLPBlockParams:
