@@ -269,7 +269,7 @@ def test_a_new_folder(tmp_path, post_norm, shard_bytes):
     "config", [MLPConfig(D, F, activation="gelu", post_norm=False), MLPConfig(D, F, activation="sigmoid")]
 )
 def test_a_config_that_config_json_cannot_say_is_refused(tmp_path, config):
-    with pytest.raises(ValueError, match="config.json can say"):
+    with pytest.raises(ValueError, match=r"config\.json can say"):
         checkpoint.write_huggingface(tmp_path / "new", params(arrays(config)), config)
     assert not (tmp_path / "new").exists()
 
