@@ -13,7 +13,7 @@ from gemma_mlp.activations import Activation
 from gemma_mlp.checks import describe, require
 from gemma_mlp.config import MLPConfig, positive_int, require_choice
 from gemma_mlp.layouts import huggingface
-from gemma_mlp.loading import Source, choose_layers, load, place, require_finite
+from gemma_mlp.loading import Progress, Source, choose_layers, load, place, require_finite
 from gemma_mlp.params import MLPBlockParams
 from gemma_mlp.trees import Slot, block_leaves, stored_tensors
 
@@ -64,6 +64,11 @@ def read_config(folder: str | Path) -> Model:
         raise ValueError(f"{path}: {error}") from error
 
 
+def huggingface_shapes(folder: str | Path, *, layers: Sequence[int] | None = None) -> list[MLPBlockParams]:
+    """What :func:`read_huggingface` would read, as `jax.ShapeDtypeStruct`s; errors are its own but for values."""
+    return _open(Path(folder), layers)[0].shapes()
+
+
 def read_huggingface(
     folder: str | Path,
     *,
@@ -71,6 +76,7 @@ def read_huggingface(
     dtype: Any = None,
     shardings: Any = None,
     stacked: bool = False,
+    progress: Progress | None = None,
 ) -> Any:
     """The block's parameters from a Hugging Face folder of Gemma 1, 2 or 3, reading no other tensor.
 
@@ -84,6 +90,7 @@ def read_huggingface(
       shardings: a device, or an `MLPBlockParams` of shardings, of the stacked leaves if `stacked`; None: the default
         device.
       stacked: whether to stack the layers on a leading axis, for scan.
+      progress: wraps what is iterated over, tensor by tensor, as tqdm does.
 
     Returns:
       A list of `MLPBlockParams`, or one whose leaves are stacked.
@@ -101,7 +108,7 @@ def read_huggingface(
     def fetch(slot: Slot, shape: tuple[int, ...], dtype: Any, sharding: Any) -> jax.Array:
         return place(lambda index: read(slot, index, dtype), shape, sharding)
 
-    return load(source, fetch, dtype=dtype, shardings=shardings, stacked=stacked)
+    return load(source, fetch, dtype=dtype, shardings=shardings, stacked=stacked, progress=progress)
 
 
 def update_huggingface(

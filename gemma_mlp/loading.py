@@ -2,7 +2,7 @@
 
 import functools
 import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -14,6 +14,8 @@ from gemma_mlp.checks import describe, require
 from gemma_mlp.dtypes import accumulation_dtype, compute_dtype
 from gemma_mlp.params import MLPBlockParams
 from gemma_mlp.trees import Layout, Slot, block_leaves, locate, make_params
+
+Progress = Callable[[Sequence[str]], Iterable[str]]
 
 
 class Source(NamedTuple):
@@ -28,6 +30,15 @@ class Source(NamedTuple):
     def of(cls, layout: Layout, tensors: Mapping[str, Any], num_layers: int, layers: Sequence[int], where) -> "Source":
         """Errors are those of :func:`gemma_mlp.trees.locate`."""
         return cls(layout, tensors, dict(zip(layers, locate(layout, tensors, num_layers, layers, where))), where)
+
+    def shapes(self) -> list[MLPBlockParams]:
+        """What there is to load, as `jax.ShapeDtypeStruct`s."""
+
+        def shape(slot):
+            tensor = self.tensors[slot.tensor]
+            return slot.read(jax.ShapeDtypeStruct(tensor.shape, tensor.dtype))
+
+        return [make_params({leaf: shape(slot) for leaf, slot in layer.items()}) for layer in self.slots.values()]
 
 
 def choose_layers(num_layers: int, layers: Sequence[int] | None) -> Sequence[int]:
@@ -53,6 +64,7 @@ def load(
     dtype: Any,
     shardings: Any,
     stacked: bool,
+    progress: Progress | None,
 ) -> Any:
     """A list of layers, or one stack of them.
 
@@ -62,6 +74,7 @@ def load(
       dtype: to cast to; None: that of the tensors.
       shardings: None, a device, or an `MLPBlockParams` of shardings, of stacked leaves if `stacked`.
       stacked: whether to stack.
+      progress: wraps what is iterated over, tensor by tensor, as tqdm does.
 
     Raises:
       ValueError: if a tensor is not finite; for a dtype or a sharding that cannot be had.
@@ -75,8 +88,8 @@ def load(
             by_tensor.setdefault(slot.tensor, []).append((position, slot))
 
     gathering = Gathering(len(source.slots), placed, stacked)
-    for name, held in by_tensor.items():
-        for position, slot in held:
+    for name in progress(list(by_tensor)) if progress else by_tensor:
+        for position, slot in by_tensor[name]:
             own = source.tensors[name].dtype
             target = compute_dtype(dtype or (accumulation_dtype(own) if slot.plus_one else own))
             array = fetch(slot, shapes[slot.leaf], target, gathering.sharding(slot.leaf))

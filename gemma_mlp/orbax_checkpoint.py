@@ -13,7 +13,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from gemma_mlp.config import MLPConfig
 from gemma_mlp.dtypes import compute_dtype
 from gemma_mlp.layouts import detect
-from gemma_mlp.loading import Source, choose_layers, load, require_finite
+from gemma_mlp.loading import Progress, Source, choose_layers, load, require_finite
 from gemma_mlp.params import MLPBlockParams
 from gemma_mlp.safetensors_folder import require_new
 from gemma_mlp.trees import LEAVES, Layout, Slot, block_leaves, count_layers, flatten, to_tree
@@ -28,6 +28,7 @@ def read_orbax(
     dtype: Any = None,
     shardings: Any = None,
     stacked: bool = False,
+    progress: Progress | None = None,
 ) -> Any:
     """The block's parameters from an Orbax checkpoint, restoring no other tensor.
 
@@ -35,7 +36,7 @@ def read_orbax(
       path: the folder that Orbax's checkpointers write; in a step of a CheckpointManager, the item in it.
       config: sizes.
       layout: of the tree in it; None: the one that its names tell (:func:`gemma_mlp.layouts.detect`).
-      layers, dtype, shardings, stacked: as for :func:`read_huggingface`.
+      layers, dtype, shardings, stacked, progress: as for :func:`read_huggingface`.
 
     Returns:
       As :func:`read_huggingface`.
@@ -46,23 +47,29 @@ def read_orbax(
     path = Path(path).absolute()
     with ocp.PyTreeCheckpointer() as checkpointer:
         tree = _metadata(checkpointer, path)
-        tensors = flatten(tree, "/")
-        layout = layout or detect(tensors, config)
-        num_layers = count_layers(layout, tensors)
-        source = Source.of(layout, tensors, num_layers, choose_layers(num_layers, layers), lambda name: str(path))
+        source = _open(path, tree, config, layout, layers)
         last: dict[str, jax.Array] = {}  # the tensor restored last, which may hold several leaves
 
         def fetch(slot: Slot, shape: tuple[int, ...], dtype: Any, sharding: Any) -> jax.Array:
             if slot.tensor not in last:
                 last.clear()
-                compute_dtype(tensors[slot.tensor].dtype)  # or JAX would narrow float64 without a word
+                compute_dtype(source.tensors[slot.tensor].dtype)  # or JAX would narrow float64 without a word
                 last[slot.tensor] = _restore(checkpointer, path, tree, slot, sharding)
             if slot.plus_one:  # whether it is exact is known from the values alone
                 return jax.device_put(slot.read(last[slot.tensor]).astype(dtype), sharding)
             anonymous = dataclasses.replace(slot, tensor="")  # so that layers share one compilation
             return jax.block_until_ready(_reader(sharding)(last[slot.tensor], anonymous, dtype))
 
-        return load(source, fetch, dtype=dtype, shardings=shardings, stacked=stacked)
+        return load(source, fetch, dtype=dtype, shardings=shardings, stacked=stacked, progress=progress)
+
+
+def orbax_shapes(
+    path: str | Path, config: MLPConfig, *, layout: Layout | None = None, layers: Sequence[int] | None = None
+) -> list[MLPBlockParams]:
+    """What :func:`read_orbax` would read, as `jax.ShapeDtypeStruct`s; errors are its own but for values."""
+    path = Path(path).absolute()
+    with ocp.PyTreeCheckpointer() as checkpointer:
+        return _open(path, _metadata(checkpointer, path), config, layout, layers).shapes()
 
 
 def write_orbax(path: str | Path, params: Sequence[MLPBlockParams], layout: Layout) -> None:
@@ -78,6 +85,13 @@ def write_orbax(path: str | Path, params: Sequence[MLPBlockParams], layout: Layo
             require_finite(f"{leaf} of layer {number}", array)
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(path, to_tree(params, layout))
+
+
+def _open(path: Path, tree: Any, config: MLPConfig, layout: Layout | None, layers: Sequence[int] | None) -> Source:
+    tensors = flatten(tree, "/")
+    layout = layout or detect(tensors, config)
+    num_layers = count_layers(layout, tensors)
+    return Source.of(layout, tensors, num_layers, choose_layers(num_layers, layers), lambda name: str(path))
 
 
 @functools.cache
