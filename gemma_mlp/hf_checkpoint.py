@@ -103,7 +103,8 @@ def read_huggingface(
     def read(slot: Slot, index: tuple[slice, ...], dtype: Any) -> np.ndarray:
         # Opened for every part: what was read of a mapped file counts as this process's memory until it is closed.
         with safetensors_folder.opened(files[slot.tensor]) as file:
-            return slot.read(file.get_slice(slot.tensor), index).astype(dtype, copy=False)
+            part = slot.read(file.get_slice(slot.tensor), index)
+        return np.ascontiguousarray(part, dtype)  # or JAX would make a copy of what is transposed, beside its own
 
     def fetch(slot: Slot, shape: tuple[int, ...], dtype: Any, sharding: Any) -> jax.Array:
         return place(lambda index: read(slot, index, dtype), shape, sharding)

@@ -184,15 +184,18 @@ class Gathering:
 
 def require_finite(name: str, array: Any) -> None:
     """Raises ValueError unless all of the array is finite."""
-    count = int(_count_not_finite(array))
-    require(count == 0, f"{name} is finite.", f"{count} numbers that are not, of {array.size}", "find a sound copy.")
+    if not _all_finite(array):
+        count = int((~jnp.isfinite(array)).sum())
+        raise ValueError(
+            f"{name} is finite. Received: {count} numbers that are not, of {array.size}. Fix: find a sound copy."
+        )
 
 
 @jax.jit
-def _count_not_finite(array):
-    return jnp.sum(~jnp.isfinite(array), dtype="int32")
+def _all_finite(array):
+    return jnp.isfinite(array).all()
 
 
 @functools.partial(jax.jit, donate_argnums=0)
 def _set_layer(stack, number, layer):
-    return stack.at[number].set(layer)
+    return jax.lax.dynamic_update_index_in_dim(stack, layer, number, 0)  # in place, which stack.at[number].set is not

@@ -80,8 +80,8 @@ def source_config(source: Path) -> MLPConfig:
     if EMBED_DIM.value and HIDDEN_DIM.value:
         return MLPConfig(EMBED_DIM.value, HIDDEN_DIM.value, post_norm=POST_NORM.value)
     raise ValueError(
-        "An Orbax checkpoint does not tell its model. Received: neither --preset nor --embed_dim and --hidden_dim. Fix: "
-        "give one or the other; or check that --source has a config.json, if it is a Hugging Face folder."
+        "An Orbax checkpoint does not tell its model. Received: neither --preset, nor --embed_dim and --hidden_dim. "
+        "Fix: give one or the other; or check that --source has a config.json, if it is a Hugging Face folder."
     )
 
 

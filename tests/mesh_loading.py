@@ -5,6 +5,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from gemma_mlp import checkpoint, layouts, trees
@@ -70,10 +71,6 @@ for bad, message in (
     (NamedSharding(mesh, PartitionSpec()), "Shardings are a device"),
     (trees.make_params({name: everywhere([]).pre_norm.scale for name in SPECS if name != "post_norm"}), "with one for"),
 ):
-    try:
+    with pytest.raises(ValueError, match=message):
         read(folder / "hf", shardings=bad)
-    except ValueError as error:
-        assert message in str(error), error
-    else:
-        raise AssertionError(message)
 print("ok")

@@ -63,7 +63,7 @@ def test_a_dry_run_writes_nothing(tmp_path, capsys):
     source = write(tmp_path / "source", arrays())
     run(f"--source={source}", f"--target={tmp_path / 'c'}", "--to=gemma_mlp", "--dry_run", "--dtype=float32")
     out = capsys.readouterr().out
-    assert "layers_0/mlp/gate_proj   float32   [4, 6]" in out
+    assert "layers_0/mlp/gate_proj    float32   [4, 6]" in out
     assert "Dry run: nothing is written." in out
     assert sorted(path.name for path in tmp_path.iterdir()) == ["source"]
 

@@ -97,7 +97,7 @@ def test_it_runs_with_our_mlp_in_place_of_its_feed_forward():
     weights = jax.random.normal(jax.random.key(2), (1, 12, VOCABULARY))
     assert relative_error(ours(TOKENS), np.asarray(theirs(TOKENS), np.float64)) <= BOUND
     gradients = [nnx.grad(lambda model: (model(TOKENS) * weights).sum())(model) for model in (ours, theirs)]
-    got, expected = ({name: leaf for name, leaf in flat(gradient)} for gradient in gradients)
+    got, expected = (dict(flat(gradient)) for gradient in gradients)
     assert len(got) == len(expected) == 2 + LAYERS * (4 + 4 + 3)
     for name, leaf in expected.items():
         assert relative_error(got[name], np.asarray(leaf, np.float64)) <= BOUND, name
