@@ -87,7 +87,7 @@ def load(
         for slot in slots.values():
             by_tensor.setdefault(slot.tensor, []).append((position, slot))
 
-    gathering = Gathering(len(source.slots), placed, stacked)
+    gathering = Gathering(len(source.slots), shapes, placed, stacked)
     for name in progress(list(by_tensor)) if progress else by_tensor:
         for position, slot in by_tensor[name]:
             own = source.tensors[name].dtype
@@ -149,14 +149,17 @@ class Gathering:
 
     Args:
       num_layers: how many will come.
+      shapes: of the leaves of a layer.
       shardings: of the leaves of the result.
       stacked: whether to stack them.
     """
 
-    def __init__(self, num_layers: int, shardings: Mapping[str, Any], stacked: bool):
-        self._num_layers, self._shardings, self._stacked = num_layers, shardings, stacked
+    def __init__(
+        self, num_layers: int, shapes: Mapping[str, tuple[int, ...]], shardings: Mapping[str, Any], stacked: bool
+    ):
+        self._num_layers, self._shapes, self._shardings, self._stacked = num_layers, shapes, shardings, stacked
         self._layers: list[dict[str, jax.Array]] = [{} for _ in range(num_layers)]
-        self._stack: dict[str, jax.Array] = {}
+        self._stacks: dict[str, dict[Any, jax.Array]] = {}  # by leaf and device
 
     def sharding(self, leaf: str) -> Any:
         """How one layer's leaf is to come."""
@@ -172,14 +175,29 @@ class Gathering:
         if not self._stacked:
             self._layers[layer][leaf] = array
             return
-        if leaf not in self._stack:
-            shape, sharding = (self._num_layers, *array.shape), self._shardings[leaf]
-            self._stack[leaf] = jnp.zeros(shape, array.dtype, device=sharding)
-        self._stack[leaf] = jax.block_until_ready(_set_layer(self._stack[leaf], layer, array))
+        shape, sharding = (self._num_layers, *self._shapes[leaf]), self._shardings[leaf]
+        if leaf not in self._stacks:
+            self._stacks[leaf] = {
+                device: jnp.zeros(sharding.shard_shape(shape), array.dtype, device=device)
+                for device in sharding.addressable_devices
+            }
+        stack, indices = self._stacks[leaf], sharding.addressable_devices_indices_map(shape)
+        for shard in array.addressable_shards:
+            start, stop, _ = indices[shard.device][0].indices(self._num_layers)
+            if start <= layer < stop:
+                stack[shard.device] = _set_layer(stack[shard.device], layer - start, shard.data)
+        jax.block_until_ready(list(stack.values()))
 
     def result(self) -> Any:
         """All that came."""
-        return make_params(self._stack) if self._stacked else [make_params(layer) for layer in self._layers]
+        if not self._stacked:
+            return [make_params(layer) for layer in self._layers]
+        stacks = {}
+        for leaf, parts in self._stacks.items():
+            sharding = self._shardings[leaf]
+            shape = (self._num_layers, *self._shapes[leaf])
+            stacks[leaf] = jax.make_array_from_single_device_arrays(shape, sharding, list(parts.values()))
+        return make_params(stacks)
 
 
 def require_finite(name: str, array: Any) -> None:

@@ -3,9 +3,11 @@
     full_size.py FOLDER PRESET LAYERS write     # makes the checkpoints
     full_size.py FOLDER PRESET LAYERS WAY       # reads one, prints the peak memory beyond the result, compares
 
-The peak is that of resident memory, in tensors: the largest of the checkpoint is 1.
+The peak is that of resident memory, in bytes; after it comes the size of the checkpoint's largest tensor.
 """
 
+import ctypes
+import gc
 import sys
 from pathlib import Path
 
@@ -14,7 +16,7 @@ import ml_dtypes
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
-from gemma_mlp import PRESETS, MLPBlockParams, MLPConfig, MLPParams, RMSNormParams, checkpoint, layouts, trees
+from gemma_mlp import PRESETS, MLPBlockParams, MLPParams, RMSNormParams, checkpoint, layouts, trees
 
 folder, name, num_layers, way = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), sys.argv[4]
 config = PRESETS[name]
@@ -53,12 +55,15 @@ def resident(field):
 
 def measure(read, largest):
     """What `read` gives, and the peak while it runs, beyond what was there before and what the result takes."""
+    jax.block_until_ready(read(folder / name, config))  # what stays of this one is compiled programs
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
     before = resident("VmRSS")
     result = jax.block_until_ready(read(folder / name, config))
     peak = resident("VmHWM")
     size = sum(shard.data.nbytes for leaf in jax.tree.leaves(result) for shard in leaf.addressable_shards)
-    print(f"{(peak - before - size) / largest:.3f}")
+    print(peak - before - size, largest)
     return result
 
 
@@ -94,11 +99,6 @@ if way == "write":
     write(folder / name, config, [drawn(number) for number in range(num_layers)])
 else:
     read, largest = WAYS[way]
-    small = MLPConfig(4, 8)
-    layer = MLPBlockParams.init(small, jax.random.key(0))
-    if not (folder / "small").exists():
-        write(folder / "small", small, [layer, layer])
-    read(folder / "small", small)  # for what stays: libraries, threads
     result = measure(read, largest)
     for number, layer in enumerate(layouts.unstack(result) if way == "stacked" else result):
         same(layer, number)
