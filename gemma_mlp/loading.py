@@ -92,8 +92,13 @@ def load(
         for position, slot in by_tensor[name]:
             own = source.tensors[name].dtype
             target = compute_dtype(dtype or (accumulation_dtype(own) if slot.plus_one else own))
-            array = fetch(slot, shapes[slot.leaf], target, gathering.sharding(slot.leaf))
-            gathering.add(position, slot.leaf, array, f"{name} in {source.where(name)}")
+            # No name holds the array, which would keep it until the next has come.
+            gathering.add(
+                position,
+                slot.leaf,
+                fetch(slot, shapes[slot.leaf], target, gathering.sharding(slot.leaf)),
+                f"{name} in {source.where(name)}",
+            )
     return gathering.result()
 
 

@@ -3,7 +3,8 @@
     full_size.py FOLDER PRESET LAYERS write     # makes the checkpoints
     full_size.py FOLDER PRESET LAYERS WAY       # reads one, prints the peak memory beyond the result, compares
 
-The peak is that of resident memory, in bytes; after it comes the size of the checkpoint's largest tensor.
+The peak is that of resident memory, in bytes; after it comes the size of the largest tensor, of the
+checkpoint or, where layers are stacked, of the result.
 """
 
 import ctypes
@@ -54,16 +55,16 @@ def resident(field):
 
 
 def measure(read, largest):
-    """What `read` gives, and the peak while it runs, beyond what was there before and what the result takes."""
+    """What `read` gives. Prints the peak while it runs beyond what is left of it, which is the result."""
     jax.block_until_ready(read(folder / name, config))  # what stays of this one is compiled programs
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
-    before = resident("VmRSS")
     result = jax.block_until_ready(read(folder / name, config))
     peak = resident("VmHWM")
-    size = sum(shard.data.nbytes for leaf in jax.tree.leaves(result) for shard in leaf.addressable_shards)
-    print(peak - before - size, largest)
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    print(peak - resident("VmRSS"), largest)
     return result
 
 
@@ -90,7 +91,7 @@ pair, one = 2 * 2 * D * F, 2 * D * F
 WAYS = {  # name: (how, the largest tensor of the checkpoint in bytes)
     "one_device": (lambda path, config: checkpoint.read_huggingface(path / "hf"), one),
     "mesh": (lambda path, config: checkpoint.read_huggingface(path / "hf", shardings=shardings()), one),
-    "stacked": (stacked, one),
+    "stacked": (stacked, num_layers * one),
     "deepmind": (lambda path, config: checkpoint.read_orbax(path / "deepmind", config, shardings=shardings()), pair),
     "maxtext": (lambda path, config: checkpoint.read_orbax(path / "maxtext", config, shardings=shardings()), pair),
 }
