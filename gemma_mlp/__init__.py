@@ -1,6 +1,6 @@
 """The Gemma-2 feed-forward block (GeGLU) for JAX and Flax."""
 
-from gemma_mlp import aot, checks, linen, nnx
+from gemma_mlp import aot, checks, layouts, linen, nnx
 from gemma_mlp.activations import ACTIVATIONS
 from gemma_mlp.block import mlp, mlp_block, mlp_hidden
 from gemma_mlp.config import PRESETS, MLPConfig
@@ -19,6 +19,7 @@ __all__ = [
     "checks",
     "feed_forward",
     "hidden_activations",
+    "layouts",
     "linen",
     "mlp",
     "mlp_block",

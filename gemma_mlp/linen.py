@@ -87,6 +87,6 @@ class LogicalAxes(nn.LogicallyPartitioned):
 
 def _params(module: nn.Module, specs: dict[str, ParamSpec], config: MLPConfig) -> dict[str, Any]:
     def boxed(spec):
-        return lambda key: LogicalAxes(spec.init(key, spec.shape, config.param_dtype), spec.axes)
+        return lambda key, shape, dtype: LogicalAxes(spec.init(key, shape, dtype), spec.axes)
 
-    return {name: module.param(name, boxed(spec)) for name, spec in specs.items()}
+    return {name: module.param(name, boxed(spec), spec.shape, config.param_dtype) for name, spec in specs.items()}

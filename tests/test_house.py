@@ -10,13 +10,13 @@ import gemma_mlp
 PACKAGE = Path(gemma_mlp.__file__).parent
 FLOORS = [
     {"checks", "activations"},
-    {"dtypes", "aot"},
+    {"dtypes", "aot", "safetensors_folder"},
     {"config"},
     {"params", "rms_norm", "kernels.products"},
-    {"kernels.xla"},
-    {"feed_forward"},
-    {"block"},
-    {"nnx", "linen"},
+    {"kernels.xla", "trees"},
+    {"feed_forward", "layouts", "loading"},
+    {"block", "hf_checkpoint", "orbax_checkpoint"},
+    {"nnx", "linen", "checkpoint"},
 ]
 FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}
 
