@@ -31,6 +31,8 @@ EMBED_DIM = flags.DEFINE_integer("embed_dim", None, "D of an Orbax source, in pl
 HIDDEN_DIM = flags.DEFINE_integer("hidden_dim", None, "F of an Orbax source.", lower_bound=1)
 POST_NORM = flags.DEFINE_boolean("post_norm", True, "Whether an Orbax source has a norm after the MLP (not Gemma 1).")
 TRANSPOSE = flags.DEFINE_boolean("transpose_gating_einsum", None, "For deepmind*: (2, F, D), or (2, D, F).")
+FROM = flags.DEFINE_enum("from", None, list(layouts.LAYOUTS), "The layout of an Orbax source; else its names tell.")
+SOURCE_TRANSPOSE = flags.DEFINE_boolean("source_transpose_gating_einsum", None, "With --from=deepmind*, where D = F.")
 ATTENTION_TYPES = flags.DEFINE_integer("attention_types", 2, "For deepmind_stacked: layers in a turn of the pattern.")
 ROUND_NORMS = flags.DEFINE_boolean("round_norms", False, "For maxtext* and t5x: round a 1 + w that loses bits of w.")
 DTYPE = flags.DEFINE_enum("dtype", None, list(DTYPES), "Cast to this; by default nothing is rounded.")
@@ -49,8 +51,10 @@ def main(argv):
 
 def convert(source: Path, target: Path) -> None:
     config = source_config(source)
-    layout = make_layout(TO.value, config)
-    shapes = call(source, config, checkpoint.huggingface_shapes, checkpoint.orbax_shapes)
+    layout = make_layout(TO.value, config, TRANSPOSE.value)
+    source_layout = make_layout(FROM.value, config, SOURCE_TRANSPOSE.value) if FROM.value else None
+    orbax_shapes = functools.partial(checkpoint.orbax_shapes, layout=source_layout)
+    shapes = call(source, config, checkpoint.huggingface_shapes, orbax_shapes)
     if DTYPE.value:
         shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, DTYPE.value), shapes)
     print_table(shapes, layout)
@@ -61,7 +65,7 @@ def convert(source: Path, target: Path) -> None:
             checkpoint.huggingface_shapes(target)
         print("Dry run: nothing is written.")
         return
-    params = read(source, config, None, "reading")
+    params = read(source, config, source_layout, "reading")
     if in_place:
         checkpoint.update_huggingface(target, params)
     elif TO.value == "huggingface":
@@ -85,10 +89,10 @@ def source_config(source: Path) -> MLPConfig:
     )
 
 
-def make_layout(name: str, config: MLPConfig) -> Layout:
+def make_layout(name: str, config: MLPConfig, transpose: bool | None) -> Layout:
     options: dict[str, Any] = {}
     if name.startswith("deepmind"):
-        options["transpose_gating_einsum"] = TRANSPOSE.value
+        options["transpose_gating_einsum"] = transpose
     if name == "deepmind_stacked":
         options["attention_types"] = ATTENTION_TYPES.value
     if name.startswith(("maxtext", "t5x")):

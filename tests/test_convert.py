@@ -7,7 +7,7 @@ import pytest
 from absl import flags
 from absl.testing import flagsaver
 
-from gemma_mlp import checkpoint, layouts
+from gemma_mlp import MLPConfig, checkpoint, layouts
 from tests.by_hand import CONFIG, GEMMA1, LAYERS, D, F, arrays, equal, huggingface, params
 from tests.test_huggingface_folder import load, others, write
 
@@ -45,6 +45,21 @@ def test_gemma_1_by_t5x_and_a_new_hugging_face_folder(tmp_path):
     back = [f"--source={tmp_path / 'b'}", *ORBAX, "--nopost_norm", "--dtype=bfloat16"]
     run(*back, f"--target={tmp_path / 'c'}", "--to=huggingface")
     assert equal(checkpoint.read_huggingface(tmp_path / "c"), params(arrays(GEMMA1)))
+
+
+@pytest.mark.parametrize("transpose", [False, True])
+def test_an_orientation_that_shapes_do_not_tell_is_asked_for(tmp_path, transpose):
+    config = MLPConfig(D, D, post_norm=False)
+    layers = params(arrays(config))
+    layout = layouts.deepmind_flat(config, transpose_gating_einsum=transpose)
+    checkpoint.write_orbax(tmp_path / "a", layers, layout)
+    source = [f"--source={tmp_path / 'a'}", f"--embed_dim={D}", f"--hidden_dim={D}", "--nopost_norm"]
+    target = [f"--target={tmp_path / 'b'}", "--to=huggingface"]
+    with pytest.raises(SystemExit, match="decides its orientation"):
+        run(*source, *target)
+    said = f"--source_transpose_gating_einsum={str(transpose).lower()}"
+    run(*source, *target, "--from=deepmind_flat", said)
+    assert equal(checkpoint.read_huggingface(tmp_path / "b"), layers)
 
 
 def test_norms_are_rounded_only_on_request(tmp_path, capsys):
