@@ -4,7 +4,6 @@ It brings TensorFlow and much else, so it has an environment of its own; the REA
 these tests say that they skip.
 """
 
-import inspect
 import warnings
 
 import jax
@@ -155,13 +154,6 @@ def test_their_transformer_runs_with_our_mlp(peer, monkeypatch):
     def ours(features, hidden_dim, transpose_gating_einsum):
         return gemma_mlp.linen.MLP(MLPConfig(features, hidden_dim))
 
-    # Importing gemma replaces nn.Module.param, for every module, by one that insists on a shape; our shell names none.
-    theirs_param, flax_param = nn.Module.param, inspect.unwrap(nn.Module.param)
-
-    def param(self, name, init, *arguments, **options):
-        return (theirs_param if arguments else flax_param)(self, name, init, *arguments, **options)
-
-    monkeypatch.setattr(nn.Module, "param", param)
     monkeypatch.setattr(_modules, "FeedForward", ours)
     layout = layouts.deepmind(CONFIG)
 
