@@ -127,7 +127,7 @@ def test_scan_over_layers_equals_a_loop(save, dtype, remat):
     """Also that no product fails on the CPU when its operands come out of a loop."""
     layers = [samples.mlp_params(case((), seed=seed)[0], dtype) for seed in range(3)]
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers)
-    x = jnp.asarray(case((2, 3))[1], dtype)
+    x = jnp.asarray(case((2, 128))[1], dtype)
     step = functools.partial(feed_forward, save=save)
     step = jax.checkpoint(step) if remat else step
 

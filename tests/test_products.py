@@ -34,7 +34,7 @@ def test_multiply(tokens, transpose, on_cpu, result):
 @pytest.mark.parametrize("result", ["float32", "bfloat16"])
 @pytest.mark.parametrize("on_cpu", [False, True])
 @pytest.mark.parametrize("rows", [3, 8, 60])  # fewer than the blocks, as many, blocks with a tail
-@pytest.mark.parametrize("tokens", [(), (1,), (2,), (0,), (4, 3)], ids=str)
+@pytest.mark.parametrize("tokens", [(), (1,), (0,), (4, 3), (256,), (2, 150)], ids=str)
 def test_outer(tokens, rows, on_cpu, result):
     (a, a_bf16), (b, b_bf16) = case(*tokens, rows), case(*tokens, 16, seed=1)
     options = {"result": result, "dtype": jnp.dtype("bfloat16"), "on_cpu": on_cpu}
@@ -47,7 +47,7 @@ def test_outer(tokens, rows, on_cpu, result):
 @pytest.mark.parametrize("transform", ["vmap", "scan", "remat"])
 def test_outer_inside_a_transformation(transform, result):
     """XLA's CPU backend has products that it compiles and cannot run when an operand comes out of a loop."""
-    (a, a_bf16), (b, b_bf16) = case(3, 32, 60), case(3, 32, 16, seed=1)
+    (a, a_bf16), (b, b_bf16) = case(3, 256, 60), case(3, 256, 16, seed=1)
     outer = functools.partial(products.outer, result=result, dtype=jnp.dtype("bfloat16"), on_cpu=True)
     function = {
         "vmap": jax.vmap(outer),
