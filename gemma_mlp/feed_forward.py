@@ -53,7 +53,7 @@ def feed_forward(
       chunk_size: for long contexts: how many positions along the second-last axis of x, its length, are computed at
         a time. The forward pass then makes no [*B, F]; nor does the backward pass, which goes through F in as many
         slices (with `gate_up` and `autodiff`, what is kept remains). The result is the same but for the order of
-        float32 sums. Choose another way where F is sharded over a mesh: there its slices lie on few devices.
+        float32 sums. Meant for an F that is whole on each device: of one sharded over a mesh, a slice lies on few.
 
     Returns:
       y, [*B, D], in the compute dtype.

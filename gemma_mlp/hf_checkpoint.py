@@ -81,7 +81,7 @@ def read_huggingface(
     """The block's parameters from a Hugging Face folder of Gemma 1, 2 or 3, reading no other tensor.
 
     Nothing is returned unless every tensor is there, has the shape that config.json says, and is finite. Beside the
-    result, no more than one tensor is in the host's memory.
+    result, no more than one tensor is in memory; with `stacked` two, as a layer is placed before it joins the stack.
 
     Args:
       folder: with config.json and safetensors, in one file or in shards with an index.
