@@ -150,9 +150,9 @@ def hugging_face(params, x, dy) -> tuple[Callable, Callable] | None:
     if jax.default_backend() != "cpu":
         return None  # JAX and PyTorch would share the device's memory
     try:
-        import torch
-        from transformers import Gemma2Config
-        from transformers.models.gemma2.modeling_gemma2 import Gemma2MLP
+        import torch  # pyright: ignore[reportMissingImports]
+        from transformers import Gemma2Config  # pyright: ignore[reportMissingImports]
+        from transformers.models.gemma2 import modeling_gemma2  # pyright: ignore[reportMissingImports]
     except ImportError:
         return None
     embed_dim, hidden_dim = params.gate_proj.shape
@@ -161,7 +161,7 @@ def hugging_face(params, x, dy) -> tuple[Callable, Callable] | None:
     def tensor(array):
         return torch.from_dlpack(array.astype("float32")).to(dtype).clone()
 
-    module = Gemma2MLP(Gemma2Config(hidden_size=embed_dim, intermediate_size=hidden_dim)).to(dtype)
+    module = modeling_gemma2.Gemma2MLP(Gemma2Config(hidden_size=embed_dim, intermediate_size=hidden_dim)).to(dtype)
     with torch.no_grad():
         for name in ("gate_proj", "up_proj", "down_proj"):
             getattr(module, name).weight.copy_(tensor(getattr(params, name)).T)
