@@ -7,6 +7,7 @@ the program runs. Values (are all numbers finite?) are checked only inside :func
 import functools
 from collections.abc import Callable
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
 import chex
@@ -25,6 +26,11 @@ def require(condition: bool, rule: str, received: str, fix: str) -> None:
     """Raises ValueError, with the rule, what was received and the likely fix, unless `condition` holds."""
     if not condition:
         raise ValueError(f"{rule} Received: {received}. Fix: {fix}")
+
+
+def require_new(path: Path) -> None:
+    """Raises ValueError if there is something at `path`."""
+    require(not path.exists(), "A checkpoint is written to a new folder.", f"{path}, which exists", "choose another.")
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""Puts layers onto devices, tensor by tensor, so that beside the result no more than one of them is in memory."""
+"""Puts layers onto devices tensor by tensor: beside the result one of them is in memory, two where layers stack."""
 
 import functools
 import operator

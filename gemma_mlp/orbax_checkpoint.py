@@ -10,12 +10,12 @@ import jax
 import orbax.checkpoint as ocp
 from jax.sharding import NamedSharding, PartitionSpec
 
+from gemma_mlp.checks import require_new
 from gemma_mlp.config import MLPConfig
 from gemma_mlp.dtypes import compute_dtype
 from gemma_mlp.layouts import detect
 from gemma_mlp.loading import Progress, Source, choose_layers, load, require_finite
 from gemma_mlp.params import MLPBlockParams
-from gemma_mlp.safetensors_folder import require_new
 from gemma_mlp.trees import LEAVES, Layout, Slot, block_leaves, count_layers, flatten, to_tree
 
 

@@ -14,7 +14,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from gemma_mlp.checks import require
+from gemma_mlp.checks import require, require_new
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 SHARD_BYTES = 5 * 10**9  # as Hugging Face cuts them
@@ -103,11 +103,6 @@ def read_headers(path: Path) -> dict[str, Header]:
             name: Header(tuple(part.get_shape()), DTYPES.get(str(part.get_dtype()), str(part.get_dtype())))
             for name, part in slices.items()
         }
-
-
-def require_new(path: Path) -> None:
-    """Raises ValueError if there is something there."""
-    require(not path.exists(), "A checkpoint is written to a new folder.", f"{path}, which exists", "choose another.")
 
 
 def create(

@@ -48,29 +48,23 @@ def plus_one(scale):
     return scale.astype(np.float32) + np.float32(1)
 
 
-def huggingface(layers):
+GEMMA2_NORMS = {"pre_feedforward_layernorm": "pre_norm", "post_feedforward_layernorm": "post_norm"}
+
+
+def huggingface(layers, norms=GEMMA2_NORMS):
     tree = {}
     for i, layer in enumerate(layers):
         tree |= {
             f"model.layers.{i}.mlp.gate_proj.weight": layer["gate_proj"].T,
             f"model.layers.{i}.mlp.up_proj.weight": layer["up_proj"].T,
             f"model.layers.{i}.mlp.down_proj.weight": layer["down_proj"].T,
-            f"model.layers.{i}.pre_feedforward_layernorm.weight": layer["pre_norm"],
-            f"model.layers.{i}.post_feedforward_layernorm.weight": layer["post_norm"],
         }
+        tree |= {f"model.layers.{i}.{theirs}.weight": layer[ours] for theirs, ours in norms.items()}
     return tree
 
 
 def huggingface_gemma1(layers):
-    tree = {}
-    for i, layer in enumerate(layers):
-        tree |= {
-            f"model.layers.{i}.mlp.gate_proj.weight": layer["gate_proj"].T,
-            f"model.layers.{i}.mlp.up_proj.weight": layer["up_proj"].T,
-            f"model.layers.{i}.mlp.down_proj.weight": layer["down_proj"].T,
-            f"model.layers.{i}.post_attention_layernorm.weight": layer["pre_norm"],
-        }
-    return tree
+    return huggingface(layers, {"post_attention_layernorm": "pre_norm"})
 
 
 def deepmind(layers, transposed):

@@ -43,7 +43,7 @@ def _outer_in_blocks(a, b, result):
         return lax.dynamic_update_slice_in_dim(product, block.astype(result), start, 0)
 
     rows, columns = a.shape[1], b.shape[1]
-    return in_slices(rows, -(-rows // BLOCKS), multiply_block, jnp.zeros((rows, columns), result))
+    return in_slices(rows, ceil_div(rows, BLOCKS), multiply_block, jnp.zeros((rows, columns), result))
 
 
 def in_slices(total, size, body, carry):
@@ -51,6 +51,10 @@ def in_slices(total, size, body, carry):
     whole, rest = divmod(total, size)
     carry = lax.fori_loop(0, whole, lambda i, carry: body(i * size, size, carry), carry)
     return body(whole * size, rest, carry) if rest else carry
+
+
+def ceil_div(a, b):
+    return -(-a // b)
 
 
 def _flat(a, dtype):

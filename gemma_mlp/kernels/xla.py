@@ -22,7 +22,7 @@ from jaxtyping import Array, Float, Key
 from gemma_mlp.activations import ACTIVATIONS, Activation
 from gemma_mlp.config import Save
 from gemma_mlp.dtypes import accumulation_dtype, widest
-from gemma_mlp.kernels.products import in_slices, multiply, outer
+from gemma_mlp.kernels.products import ceil_div, in_slices, multiply, outer
 from gemma_mlp.params import MLPParams
 
 LANES = 128  # the width of a TPU's vector registers: slices of F are multiples of it
@@ -199,12 +199,8 @@ def _gradients_over_hidden(op, params, x_BD, mask_BF, kept, dy_BD) -> tuple[dict
 
 def _slice_size(op, x_BD, hidden_dim):
     """As many slices of F as the forward pass has chunks of tokens."""
-    chunks = 1 if op.chunk_size is None or x_BD.ndim < 2 else _ceil_div(x_BD.shape[-2], op.chunk_size)
-    return _ceil_div(_ceil_div(hidden_dim, max(chunks, 1)), LANES) * LANES
-
-
-def _ceil_div(a, b):
-    return -(-a // b)
+    chunks = 1 if op.chunk_size is None or x_BD.ndim < 2 else ceil_div(x_BD.shape[-2], op.chunk_size)
+    return ceil_div(ceil_div(hidden_dim, max(chunks, 1)), LANES) * LANES
 
 
 def _cut(array, axis, start, size) -> Any:

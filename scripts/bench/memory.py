@@ -97,7 +97,7 @@ def compilers():
 
 
 def measure(preset, compilers, *, tokens, layers, chunk_size):
-    """Yields (stack, layer, column, MiB), MiB being None where the program does not fit the chip."""
+    """Yields a row for each stack of each layer: MiB by column, None where the program does not fit the chip."""
     cells = [("plain", None), ("remat", None), ("gate_up", None), ("input", None), ("input", chunk_size)]
     for stack in STACKS:
         for layer, chunk in cells:
