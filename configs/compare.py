@@ -5,10 +5,13 @@
 
 import ml_collections
 
+from gemma_mlp.checks import require
+
+SIZES = ("default", "smoke")
+
 
 def get_config(size: str = "default") -> ml_collections.ConfigDict:
-    if size not in SIZES:
-        raise ValueError(f"configs/compare.py comes as {', '.join(SIZES)}. Received: {size!r}. Fix: use one of these.")
+    require(size in SIZES, f"configs/compare.py comes as {', '.join(SIZES)}.", repr(size), "use one of these names.")
     config = ml_collections.ConfigDict()
     config.workdir = f"runs/compare-{size}"  # runs.jsonl, tables.json, figures; a comparison continues from here
     config.sections = ("heldout", "gradient_flow", "expressiveness", "curvature", "approximation")
@@ -29,12 +32,14 @@ def get_config(size: str = "default") -> ml_collections.ConfigDict:
     config.num_heads = 2
     config.seq_len = 64
     config.batch_size = 8
-    config.steps = 300
-    config.learning_rates = (4e-3, 8e-3, 1.6e-2, 3.2e-2)
+    config.steps = 250
+    config.learning_rates = (2e-3, 4e-3, 8e-3, 1.6e-2)
     config.warmup_fraction = 0.1
     config.weight_decay = 0.1
 
     flow = config.gradient_flow = ml_collections.ConfigDict()
+    flow.embed_dim = 32
+    flow.hidden_dim = 128
     flow.depths = (4, 16, 64)
     flow.seeds = tuple(range(5))
     flow.at = (10, 30)  # steps, besides the start
@@ -52,25 +57,22 @@ def get_config(size: str = "default") -> ml_collections.ConfigDict:
 
     curvature = config.curvature = ml_collections.ConfigDict()
     curvature.seeds = tuple(range(5))
-    curvature.learning_rate = 8e-3
-    curvature.at = (10, 60, 150, 270)  # steps
+    curvature.learning_rate = 4e-3
+    curvature.at = (10, 50, 125, 225)  # steps
     curvature.iterations = 12  # of Lanczos' method
     curvature.batch_size = 16
 
     approximation = config.approximation = ml_collections.ConfigDict()
     approximation.presets = ("gemma2_2b", "gemma2_9b", "gemma2_27b")
     approximation.tokens = 16
-    approximation.learning_rate = 8e-3
+    approximation.learning_rate = 4e-3
 
-    SIZES[size](config)
+    if size == "smoke":
+        shrink(config)
     return config
 
 
-def _default(_):
-    pass
-
-
-def _smoke(config):
+def shrink(config: ml_collections.ConfigDict) -> None:
     config.contestants = ("geglu_tanh", "gelu")
     config.factorial = ("reglu", "relu")
     config.seeds, config.tuning_seeds = (0, 1), (100,)
@@ -78,10 +80,7 @@ def _smoke(config):
     config.seq_len, config.batch_size, config.steps = 16, 4, 20
     config.heldout_max_bytes = 2000
     config.learning_rates = (1e-2, 3e-2)
-    config.gradient_flow.update(depths=(2,), seeds=(0, 1), at=(4,), seq_len=8)
+    config.gradient_flow.update(embed_dim=8, hidden_dim=16, depths=(2,), seeds=(0, 1), at=(4,), seq_len=8)
     config.expressiveness.update(embed_dim=4, hidden_dim=16, steps=20, batch_size=32, learning_rates=(1e-2, 3e-2))
     config.curvature.update(seeds=(0, 1), at=(5, 15), iterations=4, batch_size=4)
     config.approximation.update(presets=("gemma3_270m",), tokens=2)
-
-
-SIZES = {"default": _default, "smoke": _smoke}

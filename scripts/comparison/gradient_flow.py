@@ -101,7 +101,7 @@ def make_flow(forward, depth: int, embed_dim: int):
 def flow_while_training(config, corpus, name: str, depth: int, *, norms: bool, residual: bool) -> dict[str, Any]:
     """The norms at `config.gradient_flow.at`, a number for each seed and layer."""
     ours = config.gradient_flow
-    init, forward = make_stack(name, config.embed_dim, config.hidden_dim, depth, norms=norms, residual=residual)
+    init, forward = make_stack(name, ours.embed_dim, ours.hidden_dim, depth, norms=norms, residual=residual)
     nudges = jnp.zeros((depth + 1, 1, 1, 1))
     model = language_model.LanguageModel(init, lambda params, tokens: forward(params, tokens, nudges)[0])
     schedule = Schedule(max(ours.at), config.warmup_fraction, 0.0)
@@ -109,7 +109,7 @@ def flow_while_training(config, corpus, name: str, depth: int, *, norms: bool, r
     members = [Member(seed, ours.learning_rate) for seed in ours.seeds]
     batch = text_batches(corpus, ours.seq_len, ours.batch_size)
     windows = batch(config.tuning_seeds[0], 1)  # of other seeds than those that train
-    flow = jax.jit(jax.vmap(make_flow(forward, depth, config.embed_dim), in_axes=(0, None)))
+    flow = jax.jit(jax.vmap(make_flow(forward, depth, ours.embed_dim), in_axes=(0, None)))
 
     start = ensemble.init(members)
     measured = {0: flow(start.params, windows)}
