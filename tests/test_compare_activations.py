@@ -13,13 +13,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from comparison import approximation, contestants, curvature, ensembles, expressiveness, gradient_flow, tuning
+from comparison import approximation, contestants, curvature, ensembles, expressiveness, gradient_flow, heldout, tuning
 from comparison.contestants import CONTESTANTS
 from comparison.ensembles import Member
 from comparison.ledger import Ledger
 from comparison.statistics import interval, paired
 from flax import nnx
-from toy import training
+from toy import data, training
 from toy.language_model import pure_functions
 
 import gemma_mlp
@@ -164,6 +164,14 @@ class TestContestants:
         assert sum(leaf.size for leaf in jax.tree.leaves(shapes["mlp"])) == 3 * 8 * 24
         assert sum(leaf.size for leaf in jax.tree.leaves(shapes)) == 3 * 8 * 24 + 2 * 8
 
+    def test_whole_models_have_equal_parameters(self):
+        config = smoke_config()
+        models = [heldout.decoder(config, name) for name in CONTESTANTS]
+        shapes = [jax.eval_shape(model.init, jax.random.key(0)) for model in models]
+        assert len({sum(leaf.size for leaf in jax.tree.leaves(tree)) for tree in shapes}) == 1
+        logits = [model.logits(model.init(jax.random.key(0)), jnp.arange(8)[None]) for model in models]
+        assert len({float(value.std()) for value in logits}) == len(CONTESTANTS)
+
     @pytest.mark.parametrize("name", CONTESTANTS)
     def test_values_against_the_oracle(self, name):
         activation, gated = ACTIVATION[name]
@@ -202,6 +210,14 @@ class TestContestants:
             contestants.mlp_config("relu", 4, 5)
 
 
+def smoke_config():
+    spec = importlib.util.spec_from_file_location("compare", ROOT / "configs" / "compare.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.get_config("smoke")
+
+
 def quadratic(params, batch):
     return jnp.mean(jnp.square(batch["x"] @ params["layer"]["w"] - batch["y"]))
 
@@ -224,6 +240,14 @@ def test_an_ensembles_member_is_a_run_of_the_training_scripts_loop():
         step = jax.jit(training.make_train_step(quadratic, optimizer))
         *_, (_, state, _) = training.optimise(step, state, lambda step, seed=seed: normal_batch(seed, step), 1, 30)
         np.testing.assert_allclose(ensembles.member(final, i)["layer"]["w"], state.params["layer"]["w"], rtol=2e-5)
+
+
+def test_seeds_read_the_windows_that_the_training_script_would():
+    corpus = data.Corpus(train=np.arange(200, dtype=np.uint8), heldout=np.zeros(1, np.uint8))
+    batch = ensembles.text_batches(corpus, 8, 4)
+    for seed, step in ((0, 1), (5, 3), (0, 3)):
+        np.testing.assert_array_equal(batch(seed, step), data.training_batches(corpus.train, 8, 4, seed)[step - 1])
+    assert not np.array_equal(batch(0, 3), batch(5, 3))
 
 
 def test_members_are_divided_over_devices():
@@ -329,17 +353,15 @@ class TestExpressiveness:
             batch = expressiveness.make_task(function, 4, 32)
             (x, y), (again, _) = batch(0, 1), batch(0, 1)
             np.testing.assert_array_equal(x, again)
-            projections = np.random.default_rng(0).standard_normal((3, 4, 4))
+            assert (x[:, -1] == 1).all()
+            projections = np.random.default_rng(0).standard_normal((3, 3, 4))
             projections /= np.sqrt((projections**2).sum(axis=1, keepdims=True))
-            np.testing.assert_allclose(y, expected(*(np.float64(x) @ projections)), atol=1e-5)
+            np.testing.assert_allclose(y, expected(*(np.float64(x[:, :-1]) @ projections)), atol=1e-5)
             assert not np.array_equal(x, batch(0, 2)[0]) and not np.array_equal(x, batch(1, 1)[0])
             assert not np.array_equal(x, batch(0, 0)[0][:32])
 
     def test_a_gate_fits_a_product_and_the_score_is_of_test_points(self):
-        spec = importlib.util.spec_from_file_location("compare", ROOT / "configs" / "compare.py")
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        ours = module.get_config("smoke").expressiveness
+        ours = smoke_config().expressiveness
         ours.update(steps=300, batch_size=64)
         members = [Member(0, 3e-2), Member(1, 3e-2)]
         bilinear, relu = (expressiveness.make_fit(ours, name, "a b")(members) for name in ("bilinear", "relu"))
@@ -426,3 +448,7 @@ class TestApproximation:
         exact, rounded = sorted(layers, key=lambda run: run["rounding"])
         assert exact["rounding"] == 0 and 1e-4 < exact["forms"] < 4e-4  # of the same order as 8.5e-5 / E[gelu^2]^0.5
         assert 2e-3 < rounded["rounding"] < 3e-3 and rounded["forms"] < 3e-3
+
+    def test_in_a_model(self, smoke):
+        (model,) = (run for run in tables(smoke[0])["approximation"] if run["part"] == "model")
+        assert 0 < abs(model["difference"]) <= model["largest"] < 1e-3

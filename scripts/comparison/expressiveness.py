@@ -1,7 +1,9 @@
 """How well one feed-forward fits functions that need products of features, and some that do not.
 
-x is [batch, D] of standard normals; y_k multiplies random unit projections of x, or bends a single one. Every seed
-draws its own. The measure is the fraction of variance unexplained, on points that were not trained on.
+x is [batch, D]: standard normals and a constant 1 that serves as a bias. Without it GLU, and ReLU, GELU and SiLU without
+a gate, are an even function plus a linear one, whatever their weights, as sigmoid(z) + sigmoid(-z) = 1, f(z) - f(-z) = z.
+y_k multiplies random unit projections of the normals, or bends a single one; every seed draws its own. The measure is the
+fraction of variance unexplained, on points that were not trained on.
 """
 
 import jax.numpy as jnp
@@ -43,10 +45,12 @@ def make_task(function: str, embed_dim: int, batch_size: int):
     """(seed, step) -> (x, y); step 0 has the test points."""
 
     def batch(seed, step):
-        projections = np.random.default_rng(seed).standard_normal((3, embed_dim, embed_dim))
+        projections = np.random.default_rng(seed).standard_normal((3, embed_dim - 1, embed_dim))
         projections /= np.linalg.norm(projections, axis=1, keepdims=True)
-        x = np.random.default_rng([seed, step]).standard_normal((batch_size if step else TEST_POINTS, embed_dim))
-        return np.float32(x), np.float32(FUNCTIONS[function](*(x @ projections)))
+        points = batch_size if step else TEST_POINTS
+        x = np.random.default_rng([seed, step]).standard_normal((points, embed_dim - 1))
+        inputs = np.concatenate([x, np.ones((points, 1))], axis=1)
+        return np.float32(inputs), np.float32(FUNCTIONS[function](*(x @ projections)))
 
     return batch
 
