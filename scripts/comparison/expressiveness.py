@@ -2,8 +2,8 @@
 
 x is [batch, D]: standard normals and a constant 1 that serves as a bias. Without it GLU, and ReLU, GELU and SiLU
 without a gate, are an even function plus a linear one, whatever their weights, since sigmoid(z) + sigmoid(-z) = 1 and
-f(z) - f(-z) = z. y_k multiplies random unit projections of the normals, or bends a single one; every seed draws its own.
-The measure is the fraction of variance unexplained, on points that were not trained on.
+f(z) - f(-z) = z. y_k multiplies random unit projections of the normals, or bends a single one; every seed draws its
+own. The measure is the fraction of variance unexplained, on points that were not trained on.
 """
 
 import jax.numpy as jnp
