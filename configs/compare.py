@@ -72,7 +72,7 @@ def get_config(size: str = "default") -> ml_collections.ConfigDict:
     return config
 
 
-def shrink(config: ml_collections.ConfigDict) -> None:
+def shrink(config):
     config.contestants = ("geglu_tanh", "gelu")
     config.factorial = ("geglu_tanh",)
     config.seeds, config.tuning_seeds = (0, 1), (100,)
