@@ -339,7 +339,7 @@ class TestGradientFlow:
     def test_decades_are_of_the_first_layer_over_the_last(self):
         np.testing.assert_allclose(gradient_flow.decades([[100.0, 3.0, 1.0], [0.1, 3.0, 1.0]]), [2, -1])
         assert gradient_flow.summary(gradient_flow.decades([[0.0, 1.0]] * 2)) == ("vanished", None)
-        assert gradient_flow.summary(gradient_flow.decades([[None, 1.0], [1.0, 1.0]])) == ("not finite", None)
+        assert gradient_flow.summary(gradient_flow.decades([[None, 1.0], [1.0, 1.0]])) == ("undefined", None)
 
 
 class TestExpressiveness:

@@ -132,9 +132,9 @@ def flow_while_training(config, corpus, name: str, depth: int, *, norms: bool, r
 
 def decades(profiles) -> np.ndarray:
     """log10 of the gradient's norm before the first layer over that after the last, seed by seed; -inf where it is lost
-    altogether, NaN where it is no finite number."""
+    on the way, NaN where it is lost from the start or no finite number."""
     ends = np.array([(profile[0], profile[-1]) for profile in profiles], float)
-    with np.errstate(divide="ignore"):
+    with np.errstate(divide="ignore", invalid="ignore"):
         return np.log10(ends[:, 0] / ends[:, 1])
 
 
@@ -157,7 +157,7 @@ def summary(values) -> tuple[float | str, float | None]:
     values = np.asarray(values, float)
     if np.isfinite(values).all():
         return interval(values)
-    return ("not finite" if np.isnan(values).any() else "vanished"), None
+    return ("undefined" if np.isnan(values).any() else "vanished"), None
 
 
 def draw(axes, runs) -> None:
