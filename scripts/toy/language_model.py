@@ -30,19 +30,22 @@ def make(api: str, config: gemma_mlp.MLPConfig, num_layers: int, num_heads: int)
     raise ValueError(f"config.api is nnx or linen. Received: {api!r}. Fix: use one of these names.")
 
 
-def _nnx(*sizes) -> LanguageModel:
-    def create(key):
-        return nnx_model.Decoder(*sizes, rngs=nnx.Rngs(params=key))
+def pure_functions(create: Callable[[jax.Array], nnx.Module]) -> tuple[Callable, Callable]:
+    """(init, apply) of the NNX module that `create(key)` makes: key -> params, (params, *args) -> its output."""
 
     def init(key):
         return nnx.to_pure_dict(nnx.state(create(key)))
 
-    def logits(params, tokens):
+    def apply(params, *args):
         graphdef, state = nnx.split(nnx.eval_shape(create, jax.random.key(0)))
         nnx.replace_by_pure_dict(state, params)
-        return nnx.merge(graphdef, state)(tokens)
+        return nnx.merge(graphdef, state)(*args)
 
-    return LanguageModel(init, logits)
+    return init, apply
+
+
+def _nnx(*sizes) -> LanguageModel:
+    return LanguageModel(*pure_functions(lambda key: nnx_model.Decoder(*sizes, rngs=nnx.Rngs(params=key))))
 
 
 def _linen(*sizes) -> LanguageModel:

@@ -8,6 +8,8 @@ from typing import Any
 import matplotlib
 import tensorboardX
 
+from gemma_mlp.checks import require
+
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
@@ -54,6 +56,32 @@ def write_atomically(path: Path, text: str) -> None:
     partial = path.with_name(path.name + ".partial")
     partial.write_text(text)
     os.replace(partial, path)
+
+
+def claim_workdir(workdir: Path, identity: dict[str, Any]) -> None:
+    """Writes what the run is made of into a new folder; refuses a folder that holds another run.
+
+    Raises:
+      ValueError: if the folder's own run differs, naming each difference.
+    """
+    workdir.mkdir(parents=True, exist_ok=True)
+    path = workdir / "config.json"
+    text = json.dumps(identity, indent=2)
+    if not path.exists():
+        write_atomically(path, text)
+        return
+    ours, theirs = json.loads(text), json.loads(path.read_text())
+    differences = [
+        f"{name} was {theirs.get(name)!r} and is {ours.get(name)!r}"
+        for name in sorted(ours.keys() | theirs.keys())
+        if ours.get(name) != theirs.get(name)
+    ]
+    require(
+        not differences,
+        "A run goes on with the configuration and the data it began with.",
+        "; ".join(differences),
+        f"choose another folder with --config.workdir, or delete {workdir} to start over.",
+    )
 
 
 def plot_loss(path: Path, metrics: list[dict[str, Any]], yardsticks: dict[str, float]) -> None:

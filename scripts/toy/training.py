@@ -1,8 +1,10 @@
 """The training loop: data, model, optimizer, checkpoints, records."""
 
+import functools
 import json
 import math
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,7 +15,7 @@ import optax
 import orbax.checkpoint as ocp
 from tqdm import tqdm
 
-from gemma_mlp.checks import check_values, require
+from gemma_mlp.checks import check_values
 from toy import data, language_model, records, sampling, yardsticks
 from toy.language_model import LanguageModel
 from toy.run_config import RunConfig
@@ -36,18 +38,23 @@ def train(config: RunConfig) -> dict[str, Any]:
     workdir = Path(config.workdir).resolve()
     corpus = data.load_corpus(config.data, config.heldout_fraction, config.heldout_max_bytes)
     model = language_model.make(config.api, config.mlp, config.num_layers, config.num_heads)
-    optimizer = make_optimizer(config)
+    optimizer = make_optimizer(config.learning_rate, config.steps, config.warmup_fraction, config.weight_decay)
     batches = data.training_batches(corpus.train, config.seq_len, config.batch_size, config.seed)
-    train_step = make_train_step(model, optimizer, config.check_values)
+    train_step = make_train_step(functools.partial(mean_loss, model), optimizer)
+    train_step = check_values(train_step) if config.check_values else jax.jit(train_step, donate_argnums=0)
     evaluate = make_evaluation(model, corpus, config.seq_len)
-    claim_workdir(workdir, config, corpus)
+
+    def batch(step):
+        return jnp.asarray(batches[step - 1], "int32")
+
+    records.claim_workdir(workdir, config.identity() | {"corpus_sha256": corpus.sha256})
 
     with checkpoint_manager(workdir) as checkpoints:
         state, first = restore_or_init(checkpoints, model, optimizer, config.seed)
         with records.MetricsLog(workdir, first) as log, progress_bar(config, first) as bar:
             pending, shown, heldout = [], {}, None
-            for step in range(first + 1, config.steps + 1):
-                state, loss = train_step(state, jnp.asarray(batches[step - 1], "int32"))
+            steps = optimise(train_step, state, batch, first + 1, config.steps)
+            for step, state, loss in steps:
                 pending.append((step, loss))
                 last = step == config.steps
                 saving = step % config.checkpoint_every == 0 or last
@@ -95,53 +102,57 @@ def progress_bar(config: RunConfig, first: int) -> tqdm:
     return tqdm(total=config.steps * tokens, initial=first * tokens, desc=description, unit="tok", unit_scale=True)
 
 
-def claim_workdir(workdir: Path, config: RunConfig, corpus: data.Corpus) -> None:
-    """Writes what the run is made of into a new folder; refuses a folder that holds another run."""
-    workdir.mkdir(parents=True, exist_ok=True)
-    path = workdir / "config.json"
-    ours = config.identity() | {"corpus_sha256": corpus.sha256}
-    if not path.exists():
-        records.write_atomically(path, json.dumps(ours, indent=2))
-        return
-    theirs = json.loads(path.read_text())
-    differences = [
-        f"{name} was {theirs.get(name)!r} and is {ours.get(name)!r}"
-        for name in sorted(ours.keys() | theirs.keys())
-        if ours.get(name) != theirs.get(name)
-    ]
-    require(
-        not differences,
-        "A run goes on with the configuration and the data it began with.",
-        "; ".join(differences),
-        f"choose another folder with --config.workdir, or delete {workdir} to start over.",
-    )
+def optimise(
+    train_step: Callable, state: TrainState, batch: Callable[[int], Any], first: int, last: int
+) -> Iterator[tuple[int, TrainState, jax.Array]]:
+    """The training loop: takes the steps `first` to `last`, yielding (step, state after it, loss before it).
+
+    Args:
+      train_step: (state, batch) -> (state, loss); it may consume the state it is given.
+      state: what the first of the steps starts from.
+      batch: step -> what that step learns from.
+      first: the number of the first step, counted from 1.
+      last: the number of the last step.
+    """
+    for step in range(first, last + 1):
+        state, loss = train_step(state, batch(step))
+        yield step, state, loss
 
 
-def make_optimizer(config: RunConfig) -> optax.GradientTransformation:
+def make_optimizer(
+    learning_rate: float, steps: int, warmup_fraction: float, weight_decay: float
+) -> optax.GradientTransformation:
     """AdamW with clipping; matrices alone decay, norms and the embedding do not."""
 
     def decays(params):
         return jax.tree_util.tree_map_with_path(lambda path, leaf: leaf.ndim > 1 and path[0].key != "embed", params)
 
-    warmup_steps = int(config.steps * config.warmup_fraction)
-    schedule = optax.warmup_cosine_decay_schedule(0.0, config.learning_rate, warmup_steps, config.steps)
+    schedule = optax.warmup_cosine_decay_schedule(0.0, learning_rate, int(steps * warmup_fraction), steps)
     return optax.chain(
         optax.clip_by_global_norm(1.0),
-        optax.adamw(schedule, b2=0.99, weight_decay=config.weight_decay, mask=decays),
+        optax.adamw(schedule, b2=0.99, weight_decay=weight_decay, mask=decays),
     )
 
 
-def make_train_step(model: LanguageModel, optimizer: optax.GradientTransformation, checked: bool):
-    """A compiled (state, windows [B, T + 1]) -> (state, mean loss in nats)."""
+def make_train_step(loss: Callable[[Any, Any], jax.Array], optimizer: optax.GradientTransformation):
+    """(state, batch) -> (state, loss before the step), for a `loss` of (params, batch)."""
 
-    def train_step(state, windows):
-        loss, grads = jax.value_and_grad(lambda params: losses(model, params, windows).mean())(state.params)
+    def train_step(state, batch):
+        value, grads = jax.value_and_grad(loss)(state.params, batch)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        return TrainState(optax.apply_updates(state.params, updates), opt_state), loss
+        return TrainState(optax.apply_updates(state.params, updates), opt_state), value
 
-    if checked:
-        return check_values(train_step)
-    return jax.jit(train_step, donate_argnums=0)
+    return train_step
+
+
+def make_init(init: Callable[[jax.Array], Any], optimizer: optax.GradientTransformation):
+    """key -> the state that training starts from."""
+
+    def init_state(key):
+        params = init(key)
+        return TrainState(params, optimizer.init(params))
+
+    return init_state
 
 
 def make_evaluation(model: LanguageModel, corpus: data.Corpus, seq_len: int):
@@ -166,8 +177,17 @@ def make_evaluation(model: LanguageModel, corpus: data.Corpus, seq_len: int):
 
 def losses(model: LanguageModel, params, windows):
     """Cross-entropy in nats of every next byte, [B, T]."""
-    logits = model.logits(params, windows[:, :-1]).astype("float32")
-    return optax.softmax_cross_entropy_with_integer_labels(logits, windows[:, 1:])
+    return cross_entropy(model.logits(params, windows[:, :-1]), windows)
+
+
+def cross_entropy(logits, windows):
+    """The same from the logits [B, T, V] that windows [B, T + 1] have led to."""
+    return optax.softmax_cross_entropy_with_integer_labels(logits.astype("float32"), windows[:, 1:])
+
+
+def mean_loss(model: LanguageModel, params, windows):
+    """What training lowers: the mean cross-entropy of windows [B, T + 1], in nats."""
+    return losses(model, params, windows).mean()
 
 
 def bits(step: int, loss: jax.Array) -> float:
@@ -188,11 +208,7 @@ def checkpoint_manager(workdir: Path) -> ocp.CheckpointManager:
 def restore_or_init(checkpoints, model: LanguageModel, optimizer, seed: int) -> tuple[TrainState, int]:
     """(state, the number of steps it has been trained for)."""
 
-    @jax.jit
-    def init(key):
-        params = model.init(key)
-        return TrainState(params, optimizer.init(params))
-
+    init = jax.jit(make_init(model.init, optimizer))
     step = checkpoints.latest_step()
     if step is None:
         return init(jax.random.key(seed)), 0

@@ -1,0 +1,80 @@
+"""Does the gate of GeGLU help, does its smoothness? Held-out loss, gradient flow, fit, curvature, GELU's two forms.
+
+    python scripts/compare_activations.py                                     # the README's figures, 25 CPU minutes
+    python scripts/compare_activations.py --config=configs/compare.py:smoke   # all of it, too small to tell anything
+    python scripts/compare_activations.py --config.data=FILE_OR_FOLDER --config.workdir=runs/mine
+
+Interrupt it at any time; the same command goes on after the last finished run, to the same tables. Seeds train side by
+side in one program, divided over the devices there are.
+"""
+
+import json
+from pathlib import Path
+
+from absl import app, logging
+from comparison import approximation, curvature, expressiveness, figure, gradient_flow, heldout
+from comparison.contestants import CONTESTANTS
+from comparison.ledger import Ledger
+from ml_collections import config_flags
+from toy.records import claim_workdir, write_atomically
+from tqdm import tqdm
+
+from gemma_mlp.checks import require
+
+CONFIG = config_flags.DEFINE_config_file(
+    "config",
+    str(Path(__file__).parents[1] / "configs" / "compare.py"),
+    "What to compare; override any field with --config.FIELD=VALUE.",
+)
+SECTIONS = {section.NAME: section for section in (heldout, gradient_flow, expressiveness, curvature, approximation)}
+
+
+def main(argv):
+    logging.set_verbosity(logging.WARNING)  # JAX tells of much at INFO
+    if len(argv) > 1:
+        raise app.UsageError(f"Unknown arguments: {argv[1:]}")
+    config = CONFIG.value
+    require_names("sections", config.sections, SECTIONS)
+    require_names("contestants", config.contestants, CONTESTANTS)
+    require_names("factorial", config.factorial, CONTESTANTS)
+    workdir = Path(config.workdir)
+    identity = {name: value for name, value in config.to_dict().items() if name not in ("workdir", "sections")}
+    claim_workdir(workdir, identity | {"corpus_sha256": heldout.load(config).sha256})
+    sections = [SECTIONS[name] for name in config.sections]
+    with tqdm(total=sum(section.count(config) for section in sections), unit="run") as bar:
+        ledger = Ledger(workdir / "runs.jsonl", bar)
+        for section in sections:
+            section.measure(config, ledger)
+    tables = {section.NAME: section.table(ledger.runs) for section in sections}
+    write_atomically(workdir / "tables.json", json.dumps(tables, indent=2))
+    for section in sections:
+        print(f"\n{section.NAME}\n{text(tables[section.NAME])}")
+        figure.draw(workdir / f"{section.NAME}.png", [section.draw], ledger.runs)
+    figure.draw(workdir / "comparison.png", [section.draw for section in sections], ledger.runs)
+    print(f"\nIn {workdir}: runs.jsonl, tables.json, comparison.png and a figure for each section.")
+
+
+def require_names(field, names, known):
+    unknown = ", ".join(set(names) - set(known))
+    require(not unknown, f"config.{field} are of {', '.join(known)}.", unknown, "use these names.")
+
+
+def text(rows):
+    """Rows of equal keys under one head; wherever the keys change, another."""
+    lines, head = [], []
+    for row in rows:
+        if not set(row) <= set(head):
+            head = max((other for other in rows if set(row) <= set(other)), key=len)
+            lines.append("  ".join(f"{name:>12}" for name in head))
+        lines.append("  ".join(f"{shown(row.get(name)):>{max(len(name), 12)}}" for name in head))
+    return "\n".join(lines)
+
+
+def shown(cell):
+    if cell is None:
+        return ""
+    return f"{cell:.4g}" if isinstance(cell, float) else str(cell)
+
+
+if __name__ == "__main__":
+    app.run(main)

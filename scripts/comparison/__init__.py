@@ -1,0 +1,1 @@
+"""What scripts/compare_activations.py measures: gates and activations, at equal parameters."""
