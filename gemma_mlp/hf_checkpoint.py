@@ -1,11 +1,10 @@
 """Hugging Face folders of Gemma 1, 2 and 3: the config, and the block's parameters out of them and into them."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 
 from gemma_mlp import safetensors_folder
@@ -13,7 +12,7 @@ from gemma_mlp.activations import Activation
 from gemma_mlp.checks import describe, require
 from gemma_mlp.config import MLPConfig, positive_int, require_choice
 from gemma_mlp.layouts import huggingface
-from gemma_mlp.loading import Progress, Source, choose_layers, load, place, require_finite
+from gemma_mlp.loading import Part, Progress, Source, choose_layers, load, place, require_finite
 from gemma_mlp.params import MLPBlockParams
 from gemma_mlp.trees import Slot, block_leaves, stored_tensors
 
@@ -81,7 +80,7 @@ def read_huggingface(
     """The block's parameters from a Hugging Face folder of Gemma 1, 2 or 3, reading no other tensor.
 
     Nothing is returned unless every tensor is there, has the shape that config.json says, and is finite. Beside the
-    result, no more than one tensor is in memory; with `stacked` two, as a layer is placed before it joins the stack.
+    result, no more than one tensor is in memory.
 
     Args:
       folder: with config.json and safetensors, in one file or in shards with an index.
@@ -106,8 +105,8 @@ def read_huggingface(
             part = slot.read(file.get_slice(slot.tensor), index)
         return np.ascontiguousarray(part, dtype)  # or JAX would make a copy of what is transposed, beside its own
 
-    def fetch(slot: Slot, shape: tuple[int, ...], dtype: Any, sharding: Any) -> jax.Array:
-        return place(lambda index: read(slot, index, dtype), shape, sharding)
+    def fetch(slot: Slot, shape: tuple[int, ...], dtype: Any, sharding: Any) -> Iterable[Part]:
+        return place(lambda index: read(slot, index, dtype), shape, sharding, pieces=4 if stacked else 1)
 
     return load(source, fetch, dtype=dtype, shardings=shardings, stacked=stacked, progress=progress)
 

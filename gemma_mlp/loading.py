@@ -1,8 +1,11 @@
-"""Puts layers onto devices tensor by tensor: beside the result one of them is in memory, two where layers stack."""
+"""Puts layers onto devices tensor by tensor, and into stacks part by part: beside the result, one is in memory."""
 
+import dataclasses
 import functools
+import math
 import operator
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -57,9 +60,19 @@ def choose_layers(num_layers: int, layers: Sequence[int] | None) -> Sequence[int
     return numbers
 
 
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """Some of a leaf on one device, with the names of a `jax.Shard`, which serves as well."""
+
+    device: Any
+    index: tuple[slice, ...]  # in the leaf
+    replica_id: int  # 0 on one device
+    data: jax.Array
+
+
 def load(
     source: Source,
-    fetch: Callable[[Slot, tuple[int, ...], Any, Any], jax.Array],
+    fetch: Callable[[Slot, tuple[int, ...], Any, Any], Iterable[Any]],
     *,
     dtype: Any,
     shardings: Any,
@@ -70,7 +83,8 @@ def load(
 
     Args:
       source: where they are.
-      fetch: gives one leaf: (slot, shape, dtype, sharding) -> array. Leaves of one tensor are asked for in a row.
+      fetch: gives one leaf: (slot, shape, dtype, sharding) -> :class:`Part` s, one for each device unless `stacked`.
+        Leaves of one tensor are asked for in a row.
       dtype: to cast to; None: that of the tensors.
       shardings: None, a device, or an `MLPBlockParams` of shardings, of stacked leaves if `stacked`.
       stacked: whether to stack.
@@ -92,7 +106,7 @@ def load(
         for position, slot in by_tensor[name]:
             own = source.tensors[name].dtype
             target = compute_dtype(dtype or (accumulation_dtype(own) if slot.plus_one else own))
-            # No name holds the array, which would keep it until the next has come.
+            # No name holds the parts, which would keep them until the next have come.
             gathering.add(
                 position,
                 slot.leaf,
@@ -129,17 +143,24 @@ def leaf_shardings(shardings: Any, shapes: Mapping[str, tuple[int, ...]]) -> dic
     return leaves
 
 
-def place(read: Callable[[tuple[slice, ...]], np.ndarray], shape: tuple[int, ...], sharding: Any) -> jax.Array:
-    """An array of which `read` gives any part; one part is on the host at a time, and replicas are read once."""
-    parts: dict[tuple, tuple[tuple[slice, ...], list[Any]]] = {}
+def place(
+    read: Callable[[tuple[slice, ...]], np.ndarray], shape: tuple[int, ...], sharding: Any, pieces: int
+) -> Iterator[Part]:
+    """The parts of an array of which `read` gives any; one is on the host at a time, and replicas are read once.
+
+    None has more than 1 / `pieces` of the last axis, which in a file of Hugging Face's is the first.
+    """
+    holders: dict[tuple, list[Any]] = defaultdict(list)
     for device, index in sharding.addressable_devices_indices_map(shape).items():
-        key = tuple(part.indices(size) for part, size in zip(index, shape))
-        parts.setdefault(key, (tuple(slice(*bounds) for bounds in key), []))[1].append(device)
-    shards = []
-    for index, devices in parts.values():
-        part = read(index)
-        shards += [jax.block_until_ready(jax.device_put(part, device)) for device in devices]
-    return jax.make_array_from_single_device_arrays(shape, sharding, shards)
+        holders[tuple(at.indices(size)[:2] for at, size in zip(index, shape))].append(device)
+    step = -(-shape[-1] // pieces)
+    for (*rest, (first, last)), devices in holders.items():
+        for start in range(first, last, step):
+            index = (*(slice(*bounds) for bounds in rest), slice(start, min(start + step, last)))
+            part = read(index)
+            for replica, device in enumerate(devices):
+                yield Part(device, index, replica, jax.block_until_ready(jax.device_put(part, device)))
+            del part  # or it would be there until the next is
 
 
 def without_layers(sharding: Any) -> Any:
@@ -164,34 +185,37 @@ class Gathering:
     ):
         self._num_layers, self._shapes, self._shardings, self._stacked = num_layers, shapes, shardings, stacked
         self._layers: list[dict[str, jax.Array]] = [{} for _ in range(num_layers)]
-        self._stacks: dict[str, dict[Any, jax.Array]] = {}  # by leaf and device
+        self._stacks: dict[str, dict[Any, jax.Array]] = defaultdict(dict)  # by leaf and device
 
     def sharding(self, leaf: str) -> Any:
         """How one layer's leaf is to come."""
         return without_layers(self._shardings[leaf]) if self._stacked else self._shardings[leaf]
 
-    def add(self, layer: int, leaf: str, array: jax.Array, name: str) -> None:
+    def add(self, layer: int, leaf: str, parts: Iterable[Any], name: str) -> None:
         """Takes one leaf, `name` in messages.
 
         Raises:
           ValueError: if it is not finite.
         """
-        require_finite(name, array)
-        if not self._stacked:
+        if self._stacked:  # by map: a loop's name would hold a part until the next has come
+            bad = sum(map(functools.partial(self._set, layer, leaf), parts))
+            _require_none(name, bad, math.prod(self._shapes[leaf]))
+        else:
+            shards = [part.data for part in parts]
+            array = jax.make_array_from_single_device_arrays(self._shapes[leaf], self._shardings[leaf], shards)
+            require_finite(name, array)
             self._layers[layer][leaf] = array
-            return
-        shape, sharding = (self._num_layers, *self._shapes[leaf]), self._shardings[leaf]
-        if leaf not in self._stacks:
-            self._stacks[leaf] = {
-                device: jnp.zeros(sharding.shard_shape(shape), array.dtype, device=device)
-                for device in sharding.addressable_devices
-            }
-        stack, indices = self._stacks[leaf], sharding.addressable_devices_indices_map(shape)
-        for shard in array.addressable_shards:
-            start, stop, _ = indices[shard.device][0].indices(self._num_layers)
-            if start <= layer < stop:
-                stack[shard.device] = _set_layer(stack[shard.device], layer - start, shard.data)
-        jax.block_until_ready(list(stack.values()))
+
+    def _set(self, layer: int, leaf: str, part: Any) -> int:
+        """Writes a part into the stack of its device. How many numbers are not finite; of replicas one counts."""
+        shape, sharding, stacks = (self._num_layers, *self._shapes[leaf]), self._shardings[leaf], self._stacks[leaf]
+        if part.device not in stacks:
+            stacks[part.device] = jnp.zeros(sharding.shard_shape(shape), part.data.dtype, device=part.device)
+        held = sharding.addressable_devices_indices_map(shape)[part.device]
+        start = [(to.start or 0) - (own.start or 0) for to, own in zip((slice(layer, None), *part.index), held)]
+        if start[0] in range(len(stacks[part.device])):
+            stacks[part.device] = jax.block_until_ready(_set_part(stacks[part.device], part.data, start))
+        return 0 if part.replica_id else _count_not_finite(part.data)
 
     def result(self) -> Any:
         """All that came."""
@@ -207,11 +231,15 @@ class Gathering:
 
 def require_finite(name: str, array: Any) -> None:
     """Raises ValueError unless all of the array is finite."""
-    if not _all_finite(array):
-        count = int((~jnp.isfinite(array)).sum())
-        raise ValueError(
-            f"{name} is finite. Received: {count} numbers that are not, of {array.size}. Fix: find a sound copy."
-        )
+    _require_none(name, _count_not_finite(array), array.size)
+
+
+def _require_none(name: str, bad: int, size: int) -> None:
+    require(bad == 0, f"{name} is finite.", f"{bad} numbers that are not, of {size}", "find a sound copy.")
+
+
+def _count_not_finite(array: Any) -> int:
+    return 0 if _all_finite(array) else int((~jnp.isfinite(array)).sum())
 
 
 @jax.jit
@@ -220,5 +248,5 @@ def _all_finite(array):
 
 
 @functools.partial(jax.jit, donate_argnums=0)
-def _set_layer(stack, number, layer):
-    return jax.lax.dynamic_update_index_in_dim(stack, layer, number, 0)  # in place, which stack.at[number].set is not
+def _set_part(stack, part, start):
+    return jax.lax.dynamic_update_slice(stack, part[None], start)  # in place, which stack.at[...].set is not

@@ -50,15 +50,15 @@ def read_orbax(
         source = _open(path, tree, config, layout, layers)
         last: dict[str, jax.Array] = {}  # the tensor restored last, which may hold several leaves
 
-        def fetch(slot: Slot, shape: tuple[int, ...], dtype: Any, sharding: Any) -> jax.Array:
+        def fetch(slot: Slot, shape: tuple[int, ...], dtype: Any, sharding: Any) -> Sequence[jax.Shard]:
             if slot.tensor not in last:
                 last.clear()
                 compute_dtype(source.tensors[slot.tensor].dtype)  # or JAX would narrow float64 without a word
                 last[slot.tensor] = _restore(checkpointer, path, tree, slot, sharding)
             if slot.plus_one:  # whether it is exact is known from the values alone
-                return jax.device_put(slot.read(last[slot.tensor]).astype(dtype), sharding)
+                return jax.device_put(slot.read(last[slot.tensor]).astype(dtype), sharding).addressable_shards
             anonymous = dataclasses.replace(slot, tensor="")  # so that layers share one compilation
-            return jax.block_until_ready(_reader(sharding)(last[slot.tensor], anonymous, dtype))
+            return jax.block_until_ready(_reader(sharding)(last[slot.tensor], anonymous, dtype)).addressable_shards
 
         return load(source, fetch, dtype=dtype, shardings=shardings, stacked=stacked, progress=progress)
 

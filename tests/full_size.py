@@ -3,8 +3,7 @@
     full_size.py FOLDER PRESET LAYERS write     # makes the checkpoints
     full_size.py FOLDER PRESET LAYERS WAY       # reads one, prints the peak memory beyond the result, compares
 
-The peak is that of resident memory, in bytes; after it comes the size of the largest tensor, of the
-checkpoint or, where layers are stacked, of the result.
+The peak is that of resident memory, in bytes; after it comes the size of the checkpoint's largest tensor.
 """
 
 import ctypes
@@ -83,15 +82,15 @@ def shardings(*lead):
     return trees.make_params({leaf: NamedSharding(mesh, jax.P(*lead, *spec)) for leaf, spec in specs.items()})
 
 
-def stacked(path, config):
-    return checkpoint.read_huggingface(path / "hf", shardings=shardings(None), stacked=True)
-
-
 pair, one = 2 * 2 * D * F, 2 * D * F
 WAYS = {  # name: (how, the largest tensor of the checkpoint in bytes)
     "one_device": (lambda path, config: checkpoint.read_huggingface(path / "hf"), one),
     "mesh": (lambda path, config: checkpoint.read_huggingface(path / "hf", shardings=shardings()), one),
-    "stacked": (stacked, num_layers * one),
+    "stacked": (
+        lambda path, config: checkpoint.read_huggingface(path / "hf", shardings=shardings(None), stacked=True),
+        one,
+    ),
+    "stacked_one_device": (lambda path, config: checkpoint.read_huggingface(path / "hf", stacked=True), one),
     "deepmind": (lambda path, config: checkpoint.read_orbax(path / "deepmind", config, shardings=shardings()), pair),
     "maxtext": (lambda path, config: checkpoint.read_orbax(path / "maxtext", config, shardings=shardings()), pair),
 }
@@ -101,5 +100,5 @@ if way == "write":
 else:
     read, largest = WAYS[way]
     result = measure(read, largest)
-    for number, layer in enumerate(layouts.unstack(result) if way == "stacked" else result):
+    for number, layer in enumerate(layouts.unstack(result) if isinstance(result, MLPBlockParams) else result):
         same(layer, number)
