@@ -73,4 +73,10 @@ for bad, message in (
 ):
     with pytest.raises(ValueError, match=message):
         read(folder / "hf", shardings=bad)
+(folder / "broken").mkdir()
+broken = arrays()
+broken[1]["gate_proj"][[0, 3], [1, 5]] = np.nan  # in different parts, each of which two devices hold
+for options in ({"shardings": shardings()}, {"shardings": shardings(None), "stacked": True}):
+    with pytest.raises(ValueError, match=r"layers\.1\.mlp\.gate_proj\.weight in .* finite\. Received: 2 .* of 24\."):
+        read(write(folder / "broken" / "hf", broken), **options)
 print("ok")

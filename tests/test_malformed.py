@@ -179,14 +179,15 @@ MALFORMED = {  # name: (what makes it, the error)
 }
 
 
+@pytest.mark.parametrize("stacked", [False, True])
 @pytest.mark.parametrize("name", MALFORMED)
-def test_malformed(tmp_path, name):
+def test_malformed(tmp_path, name, stacked):
     break_, message = MALFORMED[name]
     folder = tmp_path / ("absent" if name == "no folder" else "checkpoint")
     break_(folder)
     before = {path: path.read_bytes() for path in folder.glob("*")}
     with pytest.raises(ValueError, match=message):
-        checkpoint.read_huggingface(folder)
+        checkpoint.read_huggingface(folder, stacked=stacked)
     assert {path: path.read_bytes() for path in folder.glob("*")} == before
 
 

@@ -117,11 +117,12 @@ MALFORMED = {
 }
 
 
+@pytest.mark.parametrize("stacked", [False, True])
 @pytest.mark.parametrize("name", MALFORMED)
-def test_malformed(tmp_path, name):
+def test_malformed(tmp_path, name, stacked):
     change, message = MALFORMED[name]
     with pytest.raises(ValueError, match=message):
-        checkpoint.read_orbax(save(tmp_path / "c", broken(change)), CONFIG)
+        checkpoint.read_orbax(save(tmp_path / "c", broken(change)), CONFIG, stacked=stacked)
 
 
 def test_data_cut_short(tmp_path):
