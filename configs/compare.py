@@ -33,7 +33,7 @@ def get_config(size: str = "default") -> ml_collections.ConfigDict:
     config.seq_len = 64
     config.batch_size = 8
     config.steps = 200
-    config.learning_rates = (4e-3, 8e-3, 1.6e-2)
+    config.learning_rates = (4e-3, 8e-3, 1.6e-2, 3.2e-2)
     config.warmup_fraction = 0.1
     config.weight_decay = 0.1
 
@@ -63,7 +63,7 @@ def get_config(size: str = "default") -> ml_collections.ConfigDict:
     curvature.batch_size = 8
 
     approximation = config.approximation = ml_collections.ConfigDict()
-    approximation.presets = ("gemma2_2b", "gemma2_9b")
+    approximation.presets = ("gemma2_2b", "gemma2_9b", "gemma2_27b")
     approximation.tokens = 16
     approximation.learning_rate = 8e-3
 

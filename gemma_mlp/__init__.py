@@ -1,6 +1,6 @@
 """The Gemma-2 feed-forward block (GeGLU) for JAX and Flax."""
 
-from gemma_mlp import aot, checks, layouts, linen, nnx
+from gemma_mlp import aot, checks, layouts, linen, nnx, sharding
 from gemma_mlp.activations import ACTIVATIONS
 from gemma_mlp.block import mlp, mlp_block, mlp_hidden
 from gemma_mlp.config import PRESETS, MLPConfig
@@ -26,4 +26,5 @@ __all__ = [
     "mlp_hidden",
     "nnx",
     "rms_norm",
+    "sharding",
 ]

@@ -80,4 +80,5 @@ def _options(config: MLPConfig, dropout_key: Key[Array, ""] | None) -> dict[str,
         "dtype": config.dtype,
         "dropout_rate": config.dropout_rate if dropout_key is not None else 0.0,
         "dropout_key": dropout_key,
+        "axis_rules": config.axis_rules,
     }

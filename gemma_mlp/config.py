@@ -7,6 +7,7 @@ import types
 from typing import Any, Literal, get_args
 
 from gemma_mlp.activations import ACTIVATIONS, Activation
+from gemma_mlp.axes import Rules, require_rules
 from gemma_mlp.checks import require
 from gemma_mlp.dtypes import dtype_name
 
@@ -31,6 +32,7 @@ class MLPConfig:
         Gemma 2 and 3 do and Gemma 1 does not.
       save: what the backward pass keeps; see :func:`gemma_mlp.feed_forward`.
       chunk_size: positions at a time, so that no [T, F] array exists; None: all; see the same.
+      axis_rules: which mesh axes each logical axis is split over; None: XLA decides; see the same.
 
     Raises:
       ValueError: at construction, for any value outside what is said here.
@@ -47,6 +49,7 @@ class MLPConfig:
     post_norm: bool = True
     save: Save = "input"
     chunk_size: int | None = None
+    axis_rules: Rules | None = None
 
     def __post_init__(self):
         for name in ("embed_dim", "hidden_dim"):
@@ -59,6 +62,8 @@ class MLPConfig:
         require_dropout_rate(self.dropout_rate)
         if self.chunk_size is not None:
             object.__setattr__(self, "chunk_size", positive_int("chunk_size", self.chunk_size))
+        if self.axis_rules is not None:
+            require_rules(self.axis_rules)
         require(
             is_real(self.norm_eps) and self.norm_eps > 0,
             "norm_eps is a positive finite number.",

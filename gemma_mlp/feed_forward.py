@@ -1,11 +1,14 @@
 """The public feed-forward: checks at the edge, then the kernel."""
 
+import functools
 from typing import Any, get_args
 
 import chex
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Key
 
 from gemma_mlp.activations import ACTIVATIONS, Activation
+from gemma_mlp.axes import Rules, mesh_axes, placed_automatically, require_rules, spec_of
 from gemma_mlp.checks import describe, ensure_finite, explained, require
 from gemma_mlp.config import Save, positive_int, require_choice, require_dropout_rate
 from gemma_mlp.dtypes import compute_dtype
@@ -23,6 +26,7 @@ def feed_forward(
     dropout_key: Key[Array, ""] | None = None,
     save: Save = "input",
     chunk_size: int | None = None,
+    axis_rules: Rules | None = None,
 ) -> Float[Array, "*B D"]:
     """y = dropout(activation(x W_gate + b_gate) * (x W_up + b_up)) W_down + b_down.
 
@@ -53,7 +57,10 @@ def feed_forward(
       chunk_size: for long contexts: how many positions along the second-last axis of x, its length, are computed at
         a time. The forward pass then makes no [*B, F]; nor does the backward pass, which goes through F in as many
         slices (with `gate_up` and `autodiff`, what is kept remains). The result is the same but for the order of
-        float32 sums. Meant for an F that is whole on each device: of one sharded over a mesh, a slice lies on few.
+        float32 sums.
+      axis_rules: which axes of the mesh in force (`jax.set_mesh`) each logical axis is split over, to hold XLA to it:
+        `gemma_mlp.sharding.RULES` or the like. The first axis of x is `batch`, the second last of three or more
+        `length`. None, or no mesh: XLA decides.
 
     Returns:
       y, [*B, D], in the compute dtype.
@@ -62,9 +69,10 @@ def feed_forward(
       ValueError: if shapes do not fit together, a dtype is not supported, or an option is not one of those
         named.
     """
-    op = _checked_op(params, x, activation, dtype, dropout_rate, dropout_key, save, chunk_size)
+    op = _checked_op(params, x, activation, dtype, dropout_rate, dropout_key, save, chunk_size, axis_rules)
     params, x = ensure_finite("params", params), ensure_finite("x", x)
-    return ensure_finite("y", xla.feed_forward(op, params, x, dropout_key))
+    run = placed_automatically(functools.partial(xla.feed_forward, op), lambda params, x, key: spec_of(x))
+    return ensure_finite("y", run(params, x, dropout_key))
 
 
 def hidden_activations(
@@ -75,6 +83,7 @@ def hidden_activations(
     dtype: Any = None,
     dropout_rate: float = 0.0,
     dropout_key: Key[Array, ""] | None = None,
+    axis_rules: Rules | None = None,
 ) -> Float[Array, "*B F"]:
     """h = dropout(activation(x W_gate + b_gate) * (x W_up + b_up)): what :func:`feed_forward` projects down.
 
@@ -83,15 +92,24 @@ def hidden_activations(
     Returns:
       h, [*B, F], in the compute dtype.
     """
-    op = _checked_op(params, x, activation, dtype, dropout_rate, dropout_key, "autodiff", None)
-    return xla.hidden(op, params, x, dropout_key)
+    op = _checked_op(params, x, activation, dtype, dropout_rate, dropout_key, "autodiff", None, axis_rules)
+    return placed_automatically(functools.partial(xla.hidden, op), _hidden_spec)(params, x, dropout_key)
 
 
-def _checked_op(params, x, activation, dtype, dropout_rate, dropout_key, save, chunk_size) -> xla.Op:
+def _hidden_spec(params, x, dropout_key) -> PartitionSpec:
+    """The leading axes as x has them, the last as the weights have F, which goes first where both ask for an axis."""
+    hidden_axes = mesh_axes(spec_of(params.gate_proj)[1])
+    lead = (tuple(a for a in mesh_axes(parts) if a not in hidden_axes) for parts in spec_of(x)[:-1])
+    return PartitionSpec(*lead, hidden_axes)
+
+
+def _checked_op(params, x, activation, dtype, dropout_rate, dropout_key, save, chunk_size, axis_rules) -> xla.Op:
     require_choice("activation", activation, ACTIVATIONS)
     require_choice("save", save, get_args(Save))
     require_dropout_rate(dropout_rate)
     chunk_size = None if chunk_size is None else positive_int("chunk_size", chunk_size)
+    if axis_rules is not None:
+        require_rules(axis_rules)
     require(
         isinstance(params, MLPParams),
         "params is an MLPParams.",
@@ -107,7 +125,7 @@ def _checked_op(params, x, activation, dtype, dropout_rate, dropout_key, save, c
         f"dropout_rate {dropout_rate} and no dropout_key",
         "pass a dropout_key in training, dropout_rate=0 at evaluation.",
     )
-    return xla.Op(activation, dtype, dropout_rate, save, chunk_size)
+    return xla.Op(activation, dtype, dropout_rate, save, chunk_size, axis_rules)
 
 
 def _check_shapes(arrays: dict[str, Any], x: Any) -> None:

@@ -87,6 +87,13 @@ class MLPBlockParams:
     post_norm: RMSNormParams | None = None
 
     @classmethod
+    def specs(cls, config: MLPConfig) -> "MLPBlockParams":
+        """The same tree with a `ParamSpec` for each array, for :func:`gemma_mlp.sharding.named_shardings`."""
+        norm: Any = RMSNormParams.specs(config)
+        mlp: Any = MLPParams.specs(config)
+        return cls(RMSNormParams(**norm), MLPParams(**mlp), RMSNormParams(**norm) if config.post_norm else None)
+
+    @classmethod
     def init(cls, config: MLPConfig, key: Key[Array, ""]) -> "MLPBlockParams":
         """Fresh parameters in `config.param_dtype`."""
         return cls(

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from gemma_mlp.axes import placed_automatically, spec_of
 from gemma_mlp.checks import describe, ensure_finite, require
 from gemma_mlp.dtypes import accumulation_dtype, compute_dtype
 
@@ -36,6 +37,10 @@ def rms_norm(
     scale, x = ensure_finite("scale", scale), ensure_finite("x", x)
     dtype = compute_dtype(dtype, scale=scale, x=x)
     wide = accumulation_dtype(dtype, scale.dtype, x.dtype)
-    x_BD, factor_BD = x.astype(wide), jnp.broadcast_to(1 + scale.astype(wide), x.shape)
-    mean_square_B1 = jnp.mean(jnp.square(x_BD), axis=-1, keepdims=True)
-    return (x_BD * jax.lax.rsqrt(mean_square_B1 + eps) * factor_BD).astype(dtype)
+
+    def normalise(scale, x):
+        x_BD, factor_BD = x.astype(wide), jnp.broadcast_to(1 + scale.astype(wide), x.shape)
+        mean_square_B1 = jnp.mean(jnp.square(x_BD), axis=-1, keepdims=True)
+        return (x_BD * jax.lax.rsqrt(mean_square_B1 + eps) * factor_BD).astype(dtype)
+
+    return placed_automatically(normalise, lambda scale, x: spec_of(x))(scale, x)

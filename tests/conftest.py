@@ -1,7 +1,12 @@
-"""Every test runs with full float32 products (TPUs round them otherwise) and without implicit promotion."""
+"""Every test runs with full float32 products (TPUs round them otherwise) and without implicit promotion.
+
+The CPU counts as eight devices, for the tests of meshes; all others run on the first.
+"""
 
 import jax
 import pytest
+
+jax.config.update("jax_num_cpu_devices", 8)
 
 
 @pytest.fixture(autouse=True)

@@ -10,10 +10,10 @@ import gemma_mlp
 PACKAGE = Path(gemma_mlp.__file__).parent
 FLOORS = [
     {"checks", "activations"},
-    {"dtypes", "aot", "safetensors_folder"},
+    {"dtypes", "axes", "aot", "safetensors_folder"},
     {"config"},
     {"params", "rms_norm", "kernels.products"},
-    {"kernels.xla", "trees"},
+    {"kernels.xla", "trees", "sharding"},
     {"feed_forward", "layouts", "loading"},
     {"block", "hf_checkpoint", "orbax_checkpoint"},
     {"nnx", "linen", "checkpoint"},

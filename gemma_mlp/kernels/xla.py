@@ -7,7 +7,8 @@ and dh between the products too, so there these are rounded once as well; a CPU 
 With `chunk_size` no [T, F] array exists: the forward pass goes through the tokens in chunks, the backward pass through
 F in as many slices, each of which yields its part of every weight's gradient at once and for good.
 
-The optimisation barriers decide what is in memory; tests/aot holds the compilers to it.
+The optimisation barriers decide what is in memory, the constraints what is sent between the devices of a mesh;
+tests/aot holds the compilers to both.
 """
 
 import functools
@@ -20,6 +21,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Key
 
 from gemma_mlp.activations import ACTIVATIONS, Activation
+from gemma_mlp.axes import Rules, constrain, count_shards, token_axis
 from gemma_mlp.config import Save
 from gemma_mlp.dtypes import accumulation_dtype, widest
 from gemma_mlp.kernels.products import ceil_div, in_slices, multiply, outer
@@ -37,6 +39,7 @@ class Op(NamedTuple):
     dropout_rate: float
     save: Save
     chunk_size: int | None
+    axis_rules: Rules | None = None
     on_cpu: bool = False
 
     @property
@@ -98,6 +101,7 @@ _feed_forward.defvjp(_feed_forward_forward, _feed_forward_backward)
 
 def _forward(op, run, keep, params, x_BD, dropout_key):
     """y and, to `keep`, gate and up. `run` is how pieces are run: :func:`_by_platform` or :func:`_as_on_cpu`."""
+    x_BD = _as_stream(op, x_BD)
     mask_BF = _mask(op, params, x_BD, dropout_key)
 
     def compute(x_BD, mask_BF):
@@ -107,13 +111,14 @@ def _forward(op, run, keep, params, x_BD, dropout_key):
 
     if op.chunk_size is None or x_BD.ndim < 2 or x_BD.shape[-2] <= op.chunk_size:
         return compute(x_BD, mask_BF)
+    tokens = Cut(-2, count_shards(token_axis(x_BD.ndim, x_BD.ndim - 2), op.axis_rules))
 
     def chunk(start, size, results):
-        parts = compute(_cut(x_BD, -2, start, size), _cut(mask_BF, -2, start, size))
-        return tuple(_put(whole, part, -2, start) for whole, part in zip(results, parts))
+        parts = compute(tokens.take(x_BD, start, size), tokens.take(mask_BF, start, size))
+        return tuple(tokens.put(whole, part, start) for whole, part in zip(results, parts))
 
     results = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(compute, x_BD, mask_BF))
-    return in_slices(x_BD.shape[-2], op.chunk_size, chunk, results)
+    return in_slices(x_BD.shape[-2] // tokens.shards, ceil_div(op.chunk_size, tokens.shards), chunk, results)
 
 
 def _hidden(op, params, x, mask_BF):
@@ -122,9 +127,9 @@ def _hidden(op, params, x, mask_BF):
     up_BF = _project(op, op.stored, x, params.up_proj, params.up_bias)
     if op.save == "autodiff":  # else they are tagged where they are kept
         gate_BF, up_BF = checkpoint_name(gate_BF, "mlp_gate"), checkpoint_name(up_BF, "mlp_up")
-    h_BF = _gated(op, gate_BF.astype(op.wide), up_BF.astype(op.wide), mask_BF)
+    h_BF = _over_hidden(op, _gated(op, gate_BF.astype(op.wide), up_BF.astype(op.wide), mask_BF).astype(op.dtype))
     # Without the barrier gate and up both stay, for h to be computed inside the down projection.
-    return lax.optimization_barrier(h_BF.astype(op.dtype)), gate_BF.astype(op.dtype), up_BF.astype(op.dtype)
+    return lax.optimization_barrier(h_BF), gate_BF.astype(op.dtype), up_BF.astype(op.dtype)
 
 
 def _mask(op, params, x_BD, dropout_key):
@@ -140,36 +145,37 @@ def _gated(op, gate_BF, up_BF, mask_BF):
 
 
 def _down(op, params, h_BF):
-    return _project(op, op.stored, h_BF, params.down_proj, params.down_bias).astype(op.dtype)
+    return _as_stream(op, _project(op, op.stored, h_BF, params.down_proj, params.down_bias).astype(op.dtype))
 
 
 def _gradients(op, params, x_BD, mask_BF, kept, dy_BD):
     """The gradients of the parameters and of x."""
     hidden_dim = params.gate_proj.shape[1]
-    slice_size = _slice_size(op, x_BD, hidden_dim)
-    if slice_size >= hidden_dim:
+    shards = count_shards("mlp", op.axis_rules)
+    slice_size = _slice_size(op, x_BD, hidden_dim // shards)
+    if slice_size >= hidden_dim // shards:
         dparams, dx_BD = _gradients_over_hidden(op, params, x_BD, mask_BF, kept, dy_BD)
     else:
         over_hidden = {name: getattr(params, name) for name in HIDDEN_AXIS}
+        cuts = {name: Cut(axis, shards) for name, axis in HIDDEN_AXIS.items()}
+        last = Cut(-1, shards)
 
         def add_slice(start, size, sums):
-            cut = functools.partial(_cut, start=start, size=size)
-            part = MLPParams(**{name: cut(a, HIDDEN_AXIS[name]) for name, a in over_hidden.items()})
-            dpart, dx_part_BD = _gradients_over_hidden(
-                op, part, x_BD, cut(mask_BF, -1), [cut(a, -1) for a in kept], dy_BD
-            )
+            part = MLPParams(**{name: cuts[name].take(a, start, size) for name, a in over_hidden.items()})
+            mask_part_BF, *kept_part = (last.take(a, start, size) for a in (mask_BF, *kept))
+            dpart, dx_part_BD = _gradients_over_hidden(op, part, x_BD, mask_part_BF, kept_part, dy_BD)
             dparams, dx_BD = sums
-            dparams = {name: _put(a, dpart[name], HIDDEN_AXIS[name], start) for name, a in dparams.items()}
+            dparams = {name: cuts[name].put(a, dpart[name], start) for name, a in dparams.items()}
             return dparams, dx_BD + dx_part_BD
 
         zeros = jax.tree.map(jnp.zeros_like, over_hidden), jnp.zeros(x_BD.shape, op.wide)
-        dparams, dx_BD = in_slices(hidden_dim, slice_size, add_slice, zeros)
+        dparams, dx_BD = in_slices(hidden_dim // shards, slice_size, add_slice, zeros)
     return MLPParams(**dparams, down_bias=_total(dy_BD, params.down_bias)), dx_BD.astype(x_BD.dtype)
 
 
 def _gradients_over_hidden(op, params, x_BD, mask_BF, kept, dy_BD) -> tuple[dict[str, Any], Array]:
     """The gradients of the parameters that F is an axis of, by name, and their share of x's, not yet rounded."""
-    dh_BF = _multiply(op, op.stored, dy_BD, params.down_proj, transpose=True)
+    dh_BF = _over_hidden(op, _multiply(op, op.stored, dy_BD, params.down_proj, transpose=True))
     # A 1 that the compiler does not know and has only after dh: without it an unrolled stack shares what is computed
     # again here with its forward pass, and so keeps it in memory. (Barriers around x, gate and up have them copied.)
     # On a CPU, where time is what is short, it may share.
@@ -179,7 +185,7 @@ def _gradients_over_hidden(op, params, x_BD, mask_BF, kept, dy_BD) -> tuple[dict
     if kept:
         gate_BF, up_BF = (a * one for a in kept)
     else:
-        x_again_BD = x_BD.astype(op.dtype) * one
+        x_again_BD = _gathered(op, x_BD.astype(op.dtype) * one)
         gate_BF = _project(op, op.stored, x_again_BD, params.gate_proj, params.gate_bias)
         up_BF = _project(op, op.stored, x_again_BD, params.up_proj, params.up_bias)
     gate_BF, up_BF, dh_BF = (a.astype(op.wide) for a in (gate_BF, up_BF, dh_BF))
@@ -194,7 +200,7 @@ def _gradients_over_hidden(op, params, x_BD, mask_BF, kept, dy_BD) -> tuple[dict
         "up_bias": _total(dup_BF, params.up_bias),
     }
     dx_BD = _multiply(op, op.wide, dgate_BF, params.gate_proj, transpose=True)
-    return dparams, dx_BD + _multiply(op, op.wide, dup_BF, params.up_proj, transpose=True)
+    return dparams, _as_stream(op, dx_BD + _multiply(op, op.wide, dup_BF, params.up_proj, transpose=True))
 
 
 def _slice_size(op, x_BD, hidden_dim):
@@ -203,12 +209,46 @@ def _slice_size(op, x_BD, hidden_dim):
     return ceil_div(ceil_div(hidden_dim, max(chunks, 1)), LANES) * LANES
 
 
-def _cut(array, axis, start, size) -> Any:
-    return None if array is None else lax.dynamic_slice_in_dim(array, start, size, axis)
+class Cut(NamedTuple):
+    """Takes slices of an axis that is split over `shards` devices: from each device's part the same, so none moves."""
+
+    axis: int
+    shards: int
+
+    def take(self, array, start, size) -> Any:
+        return None if array is None else self._join(lax.dynamic_slice_in_dim(self._split(array), start, size, self.at))
+
+    def put(self, array, part, start) -> Any:
+        if array is None:
+            return None
+        return self._join(lax.dynamic_update_slice_in_dim(self._split(array), self._split(part), start, self.at))
+
+    @property
+    def at(self):
+        """The axis of each device's part, in :meth:`_split`."""
+        return self.axis if self.axis < 0 else self.axis + 1
+
+    def _split(self, array):
+        axis = self.axis % array.ndim
+        return array.reshape(*array.shape[:axis], self.shards, -1, *array.shape[axis + 1 :])
+
+    def _join(self, array):
+        axis = self.at % array.ndim
+        return array.reshape(*array.shape[: axis - 1], -1, *array.shape[axis + 1 :])
 
 
-def _put(array, part, axis, start) -> Any:
-    return None if array is None else lax.dynamic_update_slice_in_dim(array, part, start, axis)
+def _as_stream(op, array_BD):
+    return constrain(array_BD, None, op.axis_rules)
+
+
+def _over_hidden(op, array_BF):
+    return constrain(array_BF, "mlp", op.axis_rules)
+
+
+def _gathered(op, array_BD):
+    """The stream where every device needs the whole length of it."""
+    rules = op.axis_rules and tuple((name, None if name == "length" else parts) for name, parts in op.axis_rules)
+    return constrain(array_BD, None, rules)
 
 
 def _project(op, result, x, weight, bias):

@@ -1,0 +1,258 @@
+"""On meshes of eight devices: the numbers of one device, parameters spread by the rules, errors with the numbers."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import linen as nn
+from flax import nnx
+from jax.sharding import AxisType, NamedSharding
+
+import gemma_mlp
+from gemma_mlp import MLPBlockParams, MLPConfig, MLPParams, RMSNormParams, feed_forward, hidden_activations, sharding
+from gemma_mlp.params import ParamSpec
+from tests import reference, samples, test_block
+from tests.comparison import FLOAT32_BOUND, SAVES, errors, oracle
+from tests.reference import relative_error
+
+MESHES = ((8, 1), (4, 2), (2, 4), (1, 8))  # fsdp, tensor
+RULES = {"tensor": sharding.RULES, "sequence": sharding.SEQUENCE_PARALLEL_RULES}
+EMBED_DIM, HIDDEN_DIM = 16, 2048  # of eight parts, each is two slices of 128
+CONFIG = MLPConfig(EMBED_DIM, HIDDEN_DIM, dtype="float32")
+
+
+def make_mesh(fsdp, tensor, axis_type=AxisType.Auto, data=1):
+    shape = (data, fsdp, tensor)
+    return jax.make_mesh(shape, ("data", "fsdp", "tensor"), (axis_type,) * 3, devices=jax.devices("cpu")[:8])
+
+
+@functools.cache
+def case(use_bias=False):
+    rng = np.random.default_rng(0)
+    arrays = samples.mlp_arrays(rng, EMBED_DIM, HIDDEN_DIM, use_bias)
+    x, dy = (samples.normal(rng, (8, 8, EMBED_DIM)) for _ in range(2))
+    return arrays, x, dy, oracle(arrays, x, dy, "gelu_tanh")
+
+
+def spread(tree, mesh, rules, specs):
+    return jax.device_put(tree, sharding.named_shardings(specs, mesh, rules))
+
+
+@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
+@pytest.mark.parametrize("chunk_size", [None, 4])
+@pytest.mark.parametrize("save", SAVES)
+@pytest.mark.parametrize("rules", RULES)
+@pytest.mark.parametrize("shape", MESHES, ids=str)
+def test_a_mesh_changes_no_number(shape, rules, save, chunk_size, axis_type):
+    arrays, x, dy, exact = case()
+    mesh, rules = make_mesh(*shape, axis_type), RULES[rules]
+    specs = MLPParams(**MLPParams.specs(CONFIG))
+    params = spread(samples.mlp_params(arrays, "float32"), mesh, rules, specs)
+    stream = sharding.activation_sharding(x.shape, mesh, rules)
+    x, dy = (jax.device_put(jnp.asarray(a, "float32"), stream) for a in (x, dy))
+    apply = functools.partial(feed_forward, save=save, chunk_size=chunk_size, axis_rules=rules)
+    with jax.set_mesh(mesh):
+        result = jax.jit(functools.partial(samples.value_and_pullback, apply))(params, x, dy)
+    for name, error in errors(result, exact).items():
+        assert error <= FLOAT32_BOUND, name
+    assert result[0].sharding.is_equivalent_to(stream, 3) and result[2].sharding.is_equivalent_to(stream, 3)
+
+
+@pytest.mark.parametrize("rules", RULES)
+@pytest.mark.parametrize("shape", MESHES, ids=str)
+@pytest.mark.parametrize("shell", ["nnx", "linen"])
+def test_the_block_of_both_shells(shell, shape, rules):
+    mesh, rules = make_mesh(*shape), RULES[rules]
+    config = dataclasses.replace(CONFIG, axis_rules=rules)
+    tree, apply, specs = {"nnx": in_nnx, "linen": in_linen}[shell](config)
+    check_block(tree, apply, sharding.named_shardings(specs, mesh, rules), mesh, rules)
+
+
+@pytest.mark.parametrize("rules", RULES)
+def test_the_block_on_explicit_axes(rules):
+    mesh, rules = make_mesh(2, 4, AxisType.Explicit), RULES[rules]
+    config = dataclasses.replace(CONFIG, axis_rules=rules)
+    for shell in (in_nnx, in_linen):
+        tree, apply, specs = shell(config)
+        check_block(tree, apply, sharding.named_shardings(specs, mesh, rules), mesh, rules)
+
+
+def in_nnx(config):
+    """(parameters, apply, boxed state)."""
+    graphdef, state = nnx.split(gemma_mlp.nnx.MLPBlock(config, rngs=nnx.Rngs(0)))
+    nnx.replace_by_pure_dict(state, tree_of(block_case()[0]))
+    return state, lambda state, x: nnx.merge(graphdef, state)(x), state
+
+
+def in_linen(config):
+    module = gemma_mlp.linen.MLPBlock(config)
+    boxed = jax.eval_shape(module.init, jax.random.key(0), jnp.zeros((8, 8, EMBED_DIM)))["params"]
+    params = nn.meta.replace_boxed(boxed, tree_of(block_case()[0]))
+    return params, lambda params, x: module.apply({"params": params}, x), boxed
+
+
+@functools.cache
+def block_case():
+    arrays, x, dy = test_block.case((8, 8), embed_dim=EMBED_DIM, hidden_dim=HIDDEN_DIM)
+    return arrays, x, dy, test_block.oracle(arrays, x, dy)
+
+
+def tree_of(arrays):
+    """Block parameters as either shell has them."""
+    mlp = {name: jnp.asarray(array, "float32") for name, array in arrays["mlp"].items()}
+    return {"mlp": mlp} | {norm: {"scale": jnp.asarray(arrays[norm], "float32")} for norm in ("pre_norm", "post_norm")}
+
+
+def check_block(params, apply, shardings, mesh, rules):
+    _, x, dy, exact = block_case()
+    stream = sharding.activation_sharding(x.shape, mesh, rules)
+    x, dy = (jax.device_put(jnp.asarray(a, "float32"), stream) for a in (x, dy))
+    params = jax.device_put(params, shardings)
+    with jax.set_mesh(mesh):
+        y, dparams, dx = jax.jit(functools.partial(samples.value_and_pullback, apply))(params, x, dy)
+    grads = nnx.to_pure_dict(dparams) if isinstance(dparams, nnx.State) else nn.unbox(dparams)
+    grads = MLPBlockParams(
+        RMSNormParams(**grads["pre_norm"]), MLPParams(**grads["mlp"]), RMSNormParams(**grads["post_norm"])
+    )
+    for name, error in test_block.errors((y, grads, dx), exact).items():
+        assert error <= FLOAT32_BOUND, name
+
+
+@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
+@pytest.mark.parametrize("rules", RULES)
+@pytest.mark.parametrize("chunk_size", [None, 4])
+def test_dropout_and_biases_are_those_of_one_device(rules, chunk_size, axis_type):
+    arrays, x, dy, _ = case(use_bias=True)
+    config = dataclasses.replace(CONFIG, use_bias=True)
+    mesh, rules = make_mesh(2, 4, axis_type), RULES[rules]
+    options = {"dropout_rate": 0.5, "dropout_key": jax.random.key(0)}
+
+    def run(params, x, dy, **options):
+        apply = jax.jit(functools.partial(samples.value_and_pullback, functools.partial(feed_forward, **options)))
+        return apply(params, x, dy)
+
+    params, x, dy = samples.mlp_params(arrays, "float32"), jnp.asarray(x, "float32"), jnp.asarray(dy, "float32")
+    alone = run(params, x, dy, **options)
+    stream = sharding.activation_sharding(x.shape, mesh, rules)
+    with jax.set_mesh(mesh):
+        params = spread(params, mesh, rules, MLPParams(**MLPParams.specs(config)))
+        x, dy = jax.device_put((x, dy), stream)
+        together = run(params, x, dy, chunk_size=chunk_size, axis_rules=rules, **options)
+    for ours, theirs in zip(jax.tree.leaves(together), jax.tree.leaves(alone), strict=True):
+        assert relative_error(ours, theirs) <= FLOAT32_BOUND
+
+
+@pytest.mark.parametrize("shape", [(16,), (8, 16), (8, 1, 8, 16)], ids=str)
+def test_any_leading_axes(shape):
+    """Of [N, D] the first axis is the batch; of more than three the middle ones are whole."""
+    mesh, rules = make_mesh(2, 4), sharding.SEQUENCE_PARALLEL_RULES
+    arrays = case()[0]
+    x = jnp.asarray(samples.normal(np.random.default_rng(2), shape), "float32")
+    params = samples.mlp_params(arrays, "float32")
+    with jax.set_mesh(mesh):
+        y = jax.jit(functools.partial(feed_forward, axis_rules=rules, chunk_size=3))(params, x)
+    assert relative_error(y, reference.mlp(arrays, np.asarray(x, np.float64), "gelu_tanh")[0]) <= FLOAT32_BOUND
+
+
+def test_rules_change_nothing_without_a_mesh():
+    arrays, x, _, _ = case()
+    params, x = samples.mlp_params(arrays, "float32"), jnp.asarray(x, "float32")
+    programs = [
+        str(jax.make_jaxpr(functools.partial(feed_forward, axis_rules=rules, chunk_size=4))(params, x))
+        for rules in (None, sharding.RULES)
+    ]
+    assert programs[0].replace("axis_rules=None", "") == programs[1].replace(f"axis_rules={sharding.RULES}", "")
+
+
+def test_hidden_activations_on_explicit_axes():
+    arrays, x, _, _ = case()
+    mesh, rules = make_mesh(2, 4, AxisType.Explicit), sharding.SEQUENCE_PARALLEL_RULES
+    with jax.set_mesh(mesh):
+        params = spread(samples.mlp_params(arrays, "float32"), mesh, rules, MLPParams(**MLPParams.specs(CONFIG)))
+        stream = sharding.activation_sharding(x.shape, mesh, rules)
+        h = jax.jit(hidden_activations)(params, jax.device_put(jnp.asarray(x, "float32"), stream))
+    assert jax.typeof(h).sharding.spec == jax.P(("data", "fsdp"), None, "tensor")
+    assert relative_error(h, reference.mlp(arrays, x, "gelu_tanh")[1][-1]) <= FLOAT32_BOUND
+
+
+class TestShardings:
+    """Literal specs, written out again."""
+
+    WEIGHTS = {"gate_proj": ("fsdp", "tensor"), "up_proj": ("fsdp", "tensor"), "down_proj": ("tensor", "fsdp")}
+
+    def test_of_parameters_as_config_and_both_shells_have_them(self):
+        mesh = make_mesh(2, 4)
+        block = sharding.named_shardings(MLPBlockParams.specs(CONFIG), mesh)
+        assert {name: tuple(leaf.spec) for name, leaf in samples.mlp_leaves(block.mlp).items()} == self.WEIGHTS
+        assert block.pre_norm.scale.spec == jax.P("fsdp")
+        for tree, _, specs in (in_nnx(CONFIG), in_linen(CONFIG)):
+            shardings = sharding.named_shardings(specs, mesh)
+            assert jax.tree.structure(shardings) == jax.tree.structure(tree)
+            leaves = nnx.to_pure_dict(shardings) if isinstance(shardings, nnx.State) else nn.unbox(shardings)
+            assert {name: tuple(leaf.spec) for name, leaf in leaves["mlp"].items()} == self.WEIGHTS
+            assert leaves["post_norm"]["scale"].spec == jax.P("fsdp")
+
+    def test_of_optimizer_state(self):
+        mesh = make_mesh(2, 4)
+        specs = MLPBlockParams.specs(CONFIG)
+        shardings = sharding.named_shardings(specs, mesh)
+        params = jax.eval_shape(lambda: MLPBlockParams.init(CONFIG, jax.random.key(0)))
+        optimizer = optax.adamw(1e-3)
+        adam = sharding.optimizer_shardings(optimizer, params, shardings, mesh)[0]
+        assert adam.mu == adam.nu == shardings
+        assert adam.count == NamedSharding(mesh, jax.P())
+        model = gemma_mlp.nnx.MLPBlock(CONFIG, rngs=nnx.Rngs(0))
+        state = nnx.state(nnx.Optimizer(model, optimizer, wrt=nnx.Param))
+        moments = nnx.to_pure_dict(sharding.named_shardings(state, mesh))["opt_state"][0]
+        assert tuple(moments["mu"]["mlp"]["gate_proj"].spec) == ("fsdp", "tensor")
+        assert moments["count"].spec == jax.P()
+
+    def test_of_activations(self):
+        mesh = make_mesh(2, 4)
+        assert sharding.activation_sharding((8, 8, 16), mesh).spec == jax.P(("data", "fsdp"), None, None)
+        rules = sharding.SEQUENCE_PARALLEL_RULES
+        assert sharding.activation_sharding((8, 8, 16), mesh, rules).spec == jax.P(("data", "fsdp"), "tensor", None)
+        assert sharding.activation_sharding((8, 16), mesh, rules).spec == jax.P(("data", "fsdp"), None)
+
+    def test_any_names_of_mesh_axes(self):
+        mesh = jax.make_mesh((2, 4), ("x", "y"), (AxisType.Auto,) * 2, devices=jax.devices("cpu")[:8])
+        rules = (("mlp", ("x", "y")), ("embed", None), ("batch", None), ("length", "x"), ("layers", None))
+        specs = {"stacked": ParamSpec((3, 16, 2048), ("layers", "embed", "mlp"), jax.nn.initializers.zeros)}
+        assert sharding.named_shardings(specs, mesh, rules)["stacked"].spec == jax.P(None, None, ("x", "y"))
+
+
+def apply_on(mesh, rules, shape):
+    with jax.set_mesh(mesh):
+        return feed_forward(samples.mlp_params(case()[0], "float32"), jnp.zeros(shape), axis_rules=rules)
+
+
+RENAMED = (("batch", "rows"), *sharding.RULES[1:])
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda mesh: apply_on(mesh, sharding.RULES, (3, 8, 16)), r"multiple of .*: 2, of mesh axes .*Received: 3 in"),
+        (lambda mesh: apply_on(mesh, sharding.SEQUENCE_PARALLEL_RULES, (2, 6, 16)), r": 4, of .*Received: 6 in an act"),
+        (lambda mesh: apply_on(mesh, RENAMED, (2, 8, 16)), r"axes of the mesh, data, fsdp, tensor. Received: rows in"),
+        (
+            lambda mesh: sharding.named_shardings(MLPBlockParams.specs(MLPConfig(15, 2048)), mesh),
+            r": 2, of mesh axes fsdp. Received: 15 in a parameter",
+        ),
+        (
+            lambda mesh: sharding.named_shardings({"w": ParamSpec((2,), ("heads",), jax.nn.initializers.zeros)}, mesh),
+            r"batch, length, embed, mlp. Received: heads. Fix: add a rule",
+        ),
+        (lambda mesh: MLPConfig(16, 64, axis_rules=sharding.RULES[1:]), "one rule for each of batch, length"),
+        (lambda mesh: MLPConfig(16, 64, axis_rules=list(sharding.RULES)), "a tuple of pairs"),
+        (lambda mesh: MLPConfig(16, 64, axis_rules=(("batch", 3), *sharding.RULES[1:])), "a name, a tuple of names or"),
+        (lambda mesh: sharding.activation_sharding((4, 3, 16), mesh, RENAMED), "rows"),
+    ],
+)
+def test_errors_have_the_numbers(make, message):
+    with pytest.raises(ValueError, match=message):
+        make(make_mesh(2, 4))
