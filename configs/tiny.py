@@ -21,6 +21,8 @@ def get_config() -> ml_collections.ConfigDict:
     config.dtype = "float32"  # of the products; what CPUs are best at
     config.save = "gate_up"  # memory is no concern at this size, so keep gate and up for the backward pass
 
+    config.mesh = ""  # "data=1,fsdp=2,tensor=2" spreads the run over four devices; a run may go on on another mesh
+
     config.seq_len = 128
     config.batch_size = 8
     config.steps = 1000

@@ -3,14 +3,19 @@
     python scripts/train_toy.py                                            # Python's documentation, about 2 minutes
     python scripts/train_toy.py --config.data=FILE_OR_FOLDER --config.workdir=runs/mine
     python scripts/train_toy.py --config.api=linen
+    python scripts/train_toy.py --config.mesh="fsdp=2,tensor=2"            # of the four devices there are
 
-Interrupt it at any time; the same command continues from the last checkpoint.
+Interrupt it at any time; the same command continues from the last checkpoint. On several machines, which see one
+workdir, start it once on each with `--distributed`; where JAX does not know the cluster, say who is who:
+
+    python scripts/train_toy.py --config.mesh="fsdp=8" --coordinator_address=HOST:PORT --num_processes=2 --process_id=0
 """
 
 from pathlib import Path
 
-from absl import app, logging
+from absl import app, flags, logging
 from ml_collections import config_flags
+from toy import parallel
 from toy.run_config import RunConfig
 from toy.training import train
 
@@ -19,14 +24,22 @@ CONFIG = config_flags.DEFINE_config_file(
     str(Path(__file__).parents[1] / "configs" / "tiny.py"),
     "The run; override any field with --config.FIELD=VALUE.",
 )
+DISTRIBUTED = flags.DEFINE_bool("distributed", False, "One of several processes, as JAX finds them in the cluster.")
+ADDRESS = flags.DEFINE_string("coordinator_address", None, "HOST:PORT at which process 0 is reached by the others.")
+NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "How many processes there are.", lower_bound=1)
+PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which of them this is, from 0.", lower_bound=0)
 
 
 def main(argv):
     logging.set_verbosity(logging.WARNING)  # JAX and Orbax tell of much at INFO
     if len(argv) > 1:
         raise app.UsageError(f"Unknown arguments: {argv[1:]}")
+    if DISTRIBUTED.value or ADDRESS.value:
+        parallel.join(ADDRESS.value, NUM_PROCESSES.value, PROCESS_ID.value)
     config = RunConfig(**CONFIG.value)
     summary = train(config)
+    if not parallel.is_first():
+        return
     print(f"\nHeld-out text, {summary['heldout_bytes']:,} bytes, in bits per byte:")
     for name, key in (
         ("this model", "heldout"),

@@ -1,9 +1,18 @@
-"""What the NNX and the Linen model share: the vocabulary, and the `attention_fn` of Flax's attention modules."""
+"""What the NNX and the Linen model share: the vocabulary, the parts of it that are not gemma_mlp's own and how they
+are split over a mesh, and the `attention_fn` of Flax's attention modules."""
 
 import jax
 import jax.numpy as jnp
 
 VOCABULARY = 256  # one token per byte
+
+# Logical axes of the attention's weights and of the embedding.
+PROJECTION_AXES = ("embed", "heads", None)  # [D, N, H], of query, key and value
+OUT_AXES = ("heads", None, "embed")
+EMBEDDING_AXES = ("vocabulary", "embed")
+
+weight_init = jax.nn.initializers.lecun_normal()
+embedding_init = jax.nn.initializers.variance_scaling(1.0, "fan_in", "normal", out_axis=0)
 
 
 def causal_attention(query_BTNH, key_BTNH, value_BTNH, **_):

@@ -65,8 +65,8 @@ def _read(path: Path) -> bytes:
     raise FileNotFoundError(f"config.data is a file or a folder. Received: {str(path)!r}. Fix: check the path.")
 
 
-def training_batches(train: np.ndarray, seq_len: int, batch_size: int, seed: int) -> grain.MapDataset:
-    """An endless dataset whose element i is the batch of step i, [batch_size, seq_len + 1]: inputs and targets.
+def training_windows(train: np.ndarray, seq_len: int, seed: int) -> grain.MapDataset:
+    """An endless dataset of windows [seq_len + 1]: inputs and targets. Batch i is elements i * batch_size and after.
 
     Windows start anywhere; within an epoch no two start at the same byte.
     """
@@ -78,7 +78,12 @@ def training_batches(train: np.ndarray, seq_len: int, batch_size: int, seed: int
     )
     windows = grain.MapDataset.range(len(train) - seq_len)
     windows = windows.shuffle(seed=seed).map(lambda start: train[start : start + seq_len + 1])
-    return windows.repeat().batch(batch_size)
+    return windows.repeat()
+
+
+def training_batches(train: np.ndarray, seq_len: int, batch_size: int, seed: int) -> grain.MapDataset:
+    """:func:`training_windows` as an endless dataset of batches [batch_size, seq_len + 1]."""
+    return training_windows(train, seq_len, seed).batch(batch_size)
 
 
 def evaluation_windows(corpus: Corpus, seq_len: int) -> tuple[np.ndarray, np.ndarray]:

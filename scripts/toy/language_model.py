@@ -7,8 +7,10 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from flax import nnx
+from jax.sharding import Mesh
 
 import gemma_mlp
+from gemma_mlp.sharding import Rules, named_shardings
 from toy import linen_model, nnx_model
 
 Params = dict[str, Any]
@@ -28,6 +30,18 @@ def make(api: str, config: gemma_mlp.MLPConfig, num_layers: int, num_heads: int)
     if api == "linen":
         return _linen(config, num_layers, num_heads)
     raise ValueError(f"config.api is nnx or linen. Received: {api!r}. Fix: use one of these names.")
+
+
+def shardings(
+    api: str, config: gemma_mlp.MLPConfig, num_layers: int, num_heads: int, mesh: Mesh, rules: Rules
+) -> Params:
+    """How the parameters are spread over a mesh, in the tree that they come in."""
+    sizes = (config, num_layers, num_heads)
+    if api == "nnx":
+        state = nnx.state(nnx.eval_shape(lambda: nnx_model.Decoder(*sizes, rngs=nnx.Rngs(params=0))))
+        return nnx.to_pure_dict(named_shardings(state, mesh, rules))
+    variables = jax.eval_shape(linen_model.Decoder(*sizes).init, jax.random.key(0), jnp.zeros((1, 1), "int32"))
+    return nn.unbox(named_shardings(variables["params"], mesh, rules))
 
 
 def pure_functions(create: Callable[[jax.Array], nnx.Module]) -> tuple[Callable, Callable]:

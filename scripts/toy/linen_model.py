@@ -4,7 +4,7 @@ from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
 import gemma_mlp
-from toy.common import VOCABULARY, causal_attention
+from toy import common
 
 
 class Layer(nn.Module):
@@ -21,7 +21,9 @@ class Layer(nn.Module):
             use_bias=False,
             dtype=config.dtype,
             param_dtype=config.param_dtype,
-            attention_fn=causal_attention,
+            kernel_init=nn.with_logical_partitioning(common.weight_init, common.PROJECTION_AXES),
+            out_kernel_init=nn.with_logical_partitioning(common.weight_init, common.OUT_AXES),
+            attention_fn=common.causal_attention,
             deterministic=True,
         )
         self.attention_post_norm = gemma_mlp.linen.RMSNorm(config)
@@ -41,7 +43,13 @@ class Decoder(nn.Module):
 
     def setup(self):
         config = self.config
-        self.embed = nn.Embed(VOCABULARY, config.embed_dim, dtype=config.dtype, param_dtype=config.param_dtype)
+        self.embed = nn.Embed(
+            common.VOCABULARY,
+            config.embed_dim,
+            dtype=config.dtype,
+            param_dtype=config.param_dtype,
+            embedding_init=nn.with_logical_partitioning(common.embedding_init, common.EMBEDDING_AXES),
+        )
         self.layer = [Layer(config, self.num_heads) for _ in range(self.num_layers)]  # named layer_0, layer_1, ...
         self.final_norm = gemma_mlp.linen.RMSNorm(config)
 

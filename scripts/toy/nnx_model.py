@@ -6,9 +6,14 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 import gemma_mlp
-from toy.common import VOCABULARY, causal_attention
+from toy import common
 
 Block = Callable[..., nnx.Module]  # (config, rngs=rngs)
+
+
+def split(init, axes):
+    """`init` for a parameter with these logical axes; nothing is placed on a mesh here."""
+    return nnx.with_partitioning(init, axes, eager_sharding=False)
 
 
 class Layer(nnx.Module):
@@ -22,7 +27,9 @@ class Layer(nnx.Module):
             use_bias=False,
             dtype=config.dtype,
             param_dtype=config.param_dtype,
-            attention_fn=causal_attention,
+            kernel_init=split(common.weight_init, common.PROJECTION_AXES),
+            out_kernel_init=split(common.weight_init, common.OUT_AXES),
+            attention_fn=common.causal_attention,
             decode=False,
             rngs=rngs,
         )
@@ -55,9 +62,13 @@ class Decoder(nnx.Module):
         block: Block = gemma_mlp.nnx.MLPBlock,
     ):
         self.embed = nnx.Embed(
-            VOCABULARY, config.embed_dim, dtype=config.dtype, param_dtype=config.param_dtype, rngs=rngs
+            common.VOCABULARY,
+            config.embed_dim,
+            dtype=config.dtype,
+            param_dtype=config.param_dtype,
+            embedding_init=split(common.embedding_init, common.EMBEDDING_AXES),
+            rngs=rngs,
         )
-
         self.num_layers = num_layers
         for i in range(num_layers):
             setattr(self, f"layer_{i}", Layer(config, num_heads, rngs=rngs, block=block))

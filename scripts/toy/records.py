@@ -44,6 +44,21 @@ class MetricsLog:
         self._events.close()
 
 
+class NoLog:
+    """In place of a MetricsLog, in the processes of a run that leave the records to the first."""
+
+    def write(self, step: int, **metrics: float) -> None: ...
+
+    def text(self, step: int, name: str, text: str) -> None: ...
+
+    def flush(self) -> None: ...
+
+    def __enter__(self) -> "NoLog":
+        return self
+
+    def __exit__(self, *_) -> None: ...
+
+
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The records of a metrics.jsonl; a last line that an interruption cut short is left out."""
     if not path.exists():

@@ -27,6 +27,7 @@ class RunConfig:
     activation: str
     dtype: str
     save: str
+    mesh: str
     seq_len: int
     batch_size: int
     steps: int
@@ -64,5 +65,5 @@ class RunConfig:
 
     def identity(self) -> dict:
         """What must not change while a run goes on: all that its numbers follow from."""
-        free = {"workdir", "log_every", "checkpoint_every", "sample_bytes", "prompt", "check_values"}
+        free = {"workdir", "mesh", "log_every", "checkpoint_every", "sample_bytes", "prompt", "check_values"}
         return {name: value for name, value in dataclasses.asdict(self).items() if name not in free}

@@ -1,5 +1,6 @@
 """The training loop: data, model, optimizer, checkpoints, records."""
 
+import dataclasses
 import functools
 import json
 import math
@@ -16,7 +17,8 @@ import orbax.checkpoint as ocp
 from tqdm import tqdm
 
 from gemma_mlp.checks import check_values
-from toy import data, language_model, records, sampling, yardsticks
+from gemma_mlp.sharding import optimizer_shardings
+from toy import data, language_model, parallel, records, sampling, yardsticks
 from toy.language_model import LanguageModel
 from toy.run_config import RunConfig
 
@@ -31,27 +33,42 @@ class TrainState(NamedTuple):
 def train(config: RunConfig) -> dict[str, Any]:
     """Trains from the last checkpoint of `config.workdir`, or from scratch, and returns the summary it writes there.
 
+    Of several processes each works with its own devices and reads its own rows of every batch; the first writes.
+
     Raises:
       ValueError: if the folder holds a run of another configuration or of other data.
     """
     started = time.monotonic()
     workdir = Path(config.workdir).resolve()
     corpus = data.load_corpus(config.data, config.heldout_fraction, config.heldout_max_bytes)
-    model = language_model.make(config.api, config.mlp, config.num_layers, config.num_heads)
+    placement = parallel.Placement(parallel.make_mesh(config.mesh))
+    sizes = (dataclasses.replace(config.mlp, axis_rules=placement.rules), config.num_layers, config.num_heads)
+    model = language_model.make(config.api, *sizes)
     optimizer = make_optimizer(config.learning_rate, config.steps, config.warmup_fraction, config.weight_decay)
-    batches = data.training_batches(corpus.train, config.seq_len, config.batch_size, config.seed)
+    windows = data.training_windows(corpus.train, config.seq_len, config.seed)
+    shardings = state_shardings(config.api, sizes, model, optimizer, placement)
     train_step = make_train_step(functools.partial(mean_loss, model), optimizer)
-    train_step = check_values(train_step) if config.check_values else jax.jit(train_step, donate_argnums=0)
-    evaluate = make_evaluation(model, corpus, config.seq_len)
+    if config.check_values:
+        train_step = check_values(train_step)
+    else:
+        train_step = jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, placement.whole))
+    train_step = placement.on(train_step)
+    evaluate = make_evaluation(model, corpus, config.seq_len, placement)
 
     def batch(step):
-        return jnp.asarray(batches[step - 1], "int32")
+        def read(rows):
+            return np.stack([windows[(step - 1) * config.batch_size + row] for row in rows])
 
-    records.claim_workdir(workdir, config.identity() | {"corpus_sha256": corpus.sha256})
+        return placement.batch((config.batch_size, config.seq_len + 1), "int32", read)
 
-    with checkpoint_manager(workdir) as checkpoints:
-        state, first = restore_or_init(checkpoints, model, optimizer, config.seed)
-        with records.MetricsLog(workdir, first) as log, progress_bar(config, first) as bar:
+    if parallel.is_first():
+        records.claim_workdir(workdir, config.identity() | {"corpus_sha256": corpus.sha256})
+    parallel.wait_for_all("the folder is claimed")
+
+    with parallel.all_or_none(), checkpoint_manager(workdir) as checkpoints:
+        state, first = restore_or_init(checkpoints, model, optimizer, config.seed, shardings)
+        log = records.MetricsLog(workdir, first) if parallel.is_first() else records.NoLog()
+        with log, progress_bar(config, first) as bar:
             pending, shown, heldout = [], {}, None
             steps = optimise(train_step, state, batch, first + 1, config.steps)
             for step, state, loss in steps:
@@ -74,7 +91,7 @@ def train(config: RunConfig) -> dict[str, Any]:
                 bar.update(config.batch_size * config.seq_len)
             if heldout is None:  # the run was complete already
                 heldout = evaluate(state.params)
-            text = sample(model, state.params, corpus, config)
+            text = sample(parallel.gathered(state.params), corpus, config)
             log.text(config.steps, "sample", text)
 
     summary = {
@@ -89,17 +106,24 @@ def train(config: RunConfig) -> dict[str, Any]:
         "sample": text,
         "seconds": time.monotonic() - started,
     }
-    records.write_atomically(workdir / "summary.json", json.dumps(summary, indent=2))
-    lines = {"unigram entropy": summary["unigram_bits_per_byte"], "xz -9e": summary["xz_bits_per_byte"]}
-    records.plot_loss(workdir / "loss.png", records.read_metrics(log.path), lines)
+    if isinstance(log, records.MetricsLog):
+        records.write_atomically(workdir / "summary.json", json.dumps(summary, indent=2))
+        lines = {"unigram entropy": summary["unigram_bits_per_byte"], "xz -9e": summary["xz_bits_per_byte"]}
+        records.plot_loss(workdir / "loss.png", records.read_metrics(log.path), lines)
     return summary
 
 
 def progress_bar(config: RunConfig, first: int) -> tqdm:
     """Counts tokens, so that it shows tokens per second and the time left."""
     tokens = config.batch_size * config.seq_len
-    description = f"training ({config.api})"
-    return tqdm(total=config.steps * tokens, initial=first * tokens, desc=description, unit="tok", unit_scale=True)
+    return tqdm(
+        total=config.steps * tokens,
+        initial=first * tokens,
+        desc=f"training ({config.api})",
+        unit="tok",
+        unit_scale=True,
+        disable=not parallel.is_first(),
+    )
 
 
 def optimise(
@@ -155,20 +179,31 @@ def make_init(init: Callable[[jax.Array], Any], optimizer: optax.GradientTransfo
     return init_state
 
 
-def make_evaluation(model: LanguageModel, corpus: data.Corpus, seq_len: int):
+def make_evaluation(
+    model: LanguageModel, corpus: data.Corpus, seq_len: int, placement: parallel.Placement = parallel.Placement(None)
+):
     """params -> bits per byte of the whole held-out text."""
     windows, scored = data.evaluation_windows(corpus, seq_len)
+    size = placement.count_rows(EVALUATION_BATCH)
 
+    @placement.on
     @jax.jit
     def total(params, windows, scored):
         return jnp.sum(losses(model, params, windows) * scored)
 
+    def batch(array, dtype, start):
+        """What there is from row `start` on, and after the end of it zeros, which score nothing."""
+
+        def read(rows):
+            part = array[start + rows.start : start + rows.stop]
+            return np.pad(part, [(0, len(rows) - len(part)), (0, 0)])
+
+        return placement.batch((size, array.shape[1]), dtype, read)
+
     def evaluate(params) -> float:
         nats = sum(
-            float(
-                total(params, jnp.asarray(windows[i : i + EVALUATION_BATCH], "int32"), scored[i : i + EVALUATION_BATCH])
-            )
-            for i in range(0, len(windows), EVALUATION_BATCH)
+            float(total(params, batch(windows, "int32", start), batch(scored, "bool", start)))
+            for start in range(0, len(windows), size)
         )
         return nats / math.log(2) / len(corpus.heldout)
 
@@ -205,21 +240,42 @@ def checkpoint_manager(workdir: Path) -> ocp.CheckpointManager:
     return ocp.CheckpointManager(workdir / "checkpoints", options=options)
 
 
-def restore_or_init(checkpoints, model: LanguageModel, optimizer, seed: int) -> tuple[TrainState, int]:
-    """(state, the number of steps it has been trained for)."""
+def state_shardings(
+    api: str, sizes: tuple, model: LanguageModel, optimizer, placement: parallel.Placement
+) -> TrainState:
+    """A sharding for every array of the state: on a mesh by its logical axes, else the first device."""
+    shapes = jax.eval_shape(make_init(model.init, optimizer), jax.random.key(0))
+    if placement.mesh is None:
+        return jax.tree.map(lambda _: placement.rows, shapes)
+    params = language_model.shardings(api, *sizes, placement.mesh, parallel.RULES)
+    return TrainState(params, optimizer_shardings(optimizer, shapes.params, params, placement.mesh))
 
-    init = jax.jit(make_init(model.init, optimizer))
+
+def restore_or_init(
+    checkpoints, model: LanguageModel, optimizer, seed: int, shardings: TrainState
+) -> tuple[TrainState, int]:
+    """(state, the number of steps it has been trained for), whatever mesh the checkpoint was written on."""
+
+    def init():
+        return make_init(model.init, optimizer)(jax.random.key(seed))
+
     step = checkpoints.latest_step()
     if step is None:
-        return init(jax.random.key(seed)), 0
-    like = jax.eval_shape(init, jax.random.key(seed))
-    restored = checkpoints.restore(step, args=ocp.args.StandardRestore(like._asdict()))
-    print(f"Continuing from the checkpoint of step {step}.")
+        return jax.jit(init, out_shardings=shardings)(), 0
+
+    def like(shape, sharding):
+        return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding)
+
+    wanted = jax.tree.map(like, jax.eval_shape(init), shardings)
+    restored = checkpoints.restore(step, args=ocp.args.StandardRestore(wanted._asdict()))
+    if parallel.is_first():
+        print(f"Continuing from the checkpoint of step {step}.")
     return TrainState(**restored), step
 
 
-def sample(model: LanguageModel, params, corpus: data.Corpus, config: RunConfig) -> str:
-    """The prompt, marked off with `|` from what the model makes of it."""
+def sample(params, corpus: data.Corpus, config: RunConfig) -> str:
+    """The prompt, marked off with `|` from what the model makes of it, on one device."""
+    model = language_model.make(config.api, config.mlp, config.num_layers, config.num_heads)
     prompt = np.concatenate([corpus.train, np.frombuffer(config.prompt.encode(), np.uint8)])[-config.seq_len :]
     key = jax.random.key(config.seed)
     text = sampling.continue_text(model, params, prompt, config.sample_bytes, key)

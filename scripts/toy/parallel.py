@@ -1,0 +1,127 @@
+"""The processes and the mesh of a run, and how its data come onto them. All of it is JAX's own."""
+
+import math
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
+
+from gemma_mlp import sharding
+from gemma_mlp.checks import require
+
+AXES = ("data", "fsdp", "tensor")
+RULES: sharding.Rules = (*sharding.RULES, ("heads", "tensor"), ("vocabulary", None))
+
+
+def join(coordinator_address: str | None, num_processes: int | None, process_id: int | None) -> None:
+    """Makes this process one of several; where no address is given, JAX asks the cluster (SLURM, MPI, GKE, Cloud TPU).
+
+    Raises:
+      RuntimeError: if the others do not come.
+    """
+    jax.distributed.initialize(coordinator_address, num_processes, process_id)
+
+
+def is_first() -> bool:
+    """Whether this process is the one that writes records."""
+    return jax.process_index() == 0
+
+
+def make_mesh(text: str) -> Mesh | None:
+    """The mesh that `config.mesh` describes, such as "data=1,fsdp=2,tensor=2", of all devices; "": one device, no mesh.
+
+    Raises:
+      ValueError: if the text is not of this form, or its sizes do not make up the devices there are.
+    """
+    fix = 'name some of data, fsdp and tensor with sizes that multiply to the devices, as "fsdp=2,tensor=4".'
+    if not text:
+        require(jax.process_count() == 1, "Several processes need a config.mesh.", "none", fix)
+        return None
+    parts = [part.partition("=") for part in text.split(",")]
+    sizes = {name.strip(): int(size) for name, _, size in parts if size.strip().isdecimal()}
+    rule = "config.mesh is of the form data=1,fsdp=2,tensor=2."
+    require(len(sizes) == len(parts) and set(sizes) <= set(AXES), rule, repr(text), fix)
+    shape = tuple(sizes.get(axis, 1) for axis in AXES)
+    count = jax.device_count()
+    require(math.prod(shape) == count, f"The mesh has as many places as devices, {count}.", repr(text), fix)
+    return jax.make_mesh(shape, AXES, (AxisType.Auto,) * len(AXES))
+
+
+class Placement(NamedTuple):
+    """Where the arrays of a run go; without a mesh, to the first device."""
+
+    mesh: Mesh | None
+
+    @property
+    def rules(self) -> sharding.Rules | None:
+        """Of the model's logical axes."""
+        return None if self.mesh is None else RULES
+
+    @property
+    def rows(self) -> Any:
+        """The sharding of a batch [B, ...]."""
+        if self.mesh is None:
+            return SingleDeviceSharding(jax.devices()[0])
+        return NamedSharding(self.mesh, PartitionSpec(("data", "fsdp")))
+
+    @property
+    def whole(self) -> Any:
+        """The sharding of what every device has."""
+        return None if self.mesh is None else NamedSharding(self.mesh, PartitionSpec())
+
+    def count_rows(self, least: int) -> int:
+        """The smallest batch of at least `least` rows that divides over the devices."""
+        parts = 1 if self.mesh is None else self.mesh.shape["data"] * self.mesh.shape["fsdp"]
+        return -(-least // parts) * parts
+
+    def batch(self, shape: tuple[int, ...], dtype: str, read: Callable[[range], np.ndarray]) -> jax.Array:
+        """A batch of which every process reads the rows that go to its own devices."""
+        return jax.make_array_from_callback(
+            shape, self.rows, lambda index: read(range(*index[0].indices(shape[0]))).astype(dtype)
+        )
+
+    def on(self, function: Callable) -> Callable:
+        """`function`, called with the mesh in force."""
+
+        def run(*args):
+            with nullcontext() if self.mesh is None else jax.set_mesh(self.mesh):
+                return function(*args)
+
+        return run
+
+
+def gathered(tree: Any) -> Any:
+    """The whole of every array, in this process's memory."""
+    return multihost_utils.process_allgather(tree, tiled=True) if jax.process_count() > 1 else jax.device_get(tree)
+
+
+def wait_for_all(what: str) -> None:
+    """Returns once every process has come to this line."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(what)
+
+
+@contextmanager
+def all_or_none() -> Iterator[None]:
+    """Ends this process with a message when what it does with others fails, as it does when one of them has died.
+
+    At once, because leaving in order, as JAX and Orbax do, would wait for the one that died.
+    """
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if jax.process_count() == 1:
+            raise
+        message = (
+            f"The {jax.process_count()} processes of a run go on together. Received in process {jax.process_index()}: "
+            f"{error}. Fix: see why the other process ended, then start all again, as many as you like: the run "
+            "continues from its last checkpoint."
+        )
+        print(message, file=sys.stderr, flush=True)
+        os._exit(1)
