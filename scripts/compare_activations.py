@@ -1,6 +1,6 @@
 """Does the gate of GeGLU help, does its smoothness? Held-out loss, gradient flow, fit, curvature, GELU's two forms.
 
-    python scripts/compare_activations.py                                     # the README's figures, 25 CPU minutes
+    python scripts/compare_activations.py                                     # the README's figures, 26 CPU minutes
     python scripts/compare_activations.py --config=configs/compare.py:smoke   # all of it, too small to tell anything
     python scripts/compare_activations.py --config.data=FILE_OR_FOLDER --config.workdir=runs/mine
 

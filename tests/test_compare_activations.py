@@ -149,6 +149,8 @@ class TestStatistics:
         shared = np.array([0.0, 5.0, -3.0, 8.0])
         mean, half = paired(shared + np.array([1.1, 0.9, 1.0, 1.0]), shared)
         assert mean == pytest.approx(1.0) and half == pytest.approx(3.182446 * (0.02 / 3) ** 0.5 / 2, rel=1e-6)
+        # Scores that rank the seeds the other way round: the differences are -4, 0 and 4, not three zeros.
+        assert paired([0.0, 2.0, 4.0], [4.0, 2.0, 0.0]) == (0, pytest.approx(4.302653 * 4 / 3**0.5, rel=1e-6))
 
 
 class TestContestants:
