@@ -32,11 +32,8 @@ def make(api: str, config: gemma_mlp.MLPConfig, num_layers: int, num_heads: int)
     raise ValueError(f"config.api is nnx or linen. Received: {api!r}. Fix: use one of these names.")
 
 
-def shardings(
-    api: str, config: gemma_mlp.MLPConfig, num_layers: int, num_heads: int, mesh: Mesh, rules: Rules
-) -> Params:
-    """How the parameters are spread over a mesh, in the tree that they come in."""
-    sizes = (config, num_layers, num_heads)
+def shardings(api: str, sizes: tuple[gemma_mlp.MLPConfig, int, int], mesh: Mesh, rules: Rules) -> Params:
+    """How the parameters of `make(api, *sizes)` are spread over a mesh, in the tree that they come in."""
     if api == "nnx":
         state = nnx.state(nnx.eval_shape(lambda: nnx_model.Decoder(*sizes, rngs=nnx.Rngs(params=0))))
         return nnx.to_pure_dict(named_shardings(state, mesh, rules))
@@ -50,8 +47,10 @@ def pure_functions(create: Callable[[jax.Array], nnx.Module]) -> tuple[Callable,
     def init(key):
         return nnx.to_pure_dict(nnx.state(create(key)))
 
+    graphdef, abstract = nnx.split(nnx.eval_shape(create, jax.random.key(0)))  # on a mesh Flax would ask for its rules
+
     def apply(params, *args):
-        graphdef, state = nnx.split(nnx.eval_shape(create, jax.random.key(0)))
+        state = jax.tree.map(lambda leaf: leaf, abstract)  # a copy, to be filled
         nnx.replace_by_pure_dict(state, params)
         return nnx.merge(graphdef, state)(*args)
 

@@ -4,7 +4,7 @@ import math
 import os
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import jax
@@ -82,18 +82,26 @@ class Placement(NamedTuple):
 
     def batch(self, shape: tuple[int, ...], dtype: str, read: Callable[[range], np.ndarray]) -> jax.Array:
         """A batch of which every process reads the rows that go to its own devices."""
-        return jax.make_array_from_callback(
-            shape, self.rows, lambda index: read(range(*index[0].indices(shape[0]))).astype(dtype)
-        )
+
+        def part(index: Any) -> np.ndarray:
+            return read(range(shape[0])[index[0]]).astype(dtype)
+
+        return jax.make_array_from_callback(shape, self.rows, part)
 
     def on(self, function: Callable) -> Callable:
         """`function`, called with the mesh in force."""
+        if self.mesh is None:
+            return function
+        mesh = self.mesh
 
         def run(*args):
-            with nullcontext() if self.mesh is None else jax.set_mesh(self.mesh):
+            with jax.set_mesh(mesh):
                 return function(*args)
 
         return run
+
+
+ONE_DEVICE = Placement(None)
 
 
 def gathered(tree: Any) -> Any:

@@ -180,7 +180,7 @@ def make_init(init: Callable[[jax.Array], Any], optimizer: optax.GradientTransfo
 
 
 def make_evaluation(
-    model: LanguageModel, corpus: data.Corpus, seq_len: int, placement: parallel.Placement = parallel.Placement(None)
+    model: LanguageModel, corpus: data.Corpus, seq_len: int, placement: parallel.Placement = parallel.ONE_DEVICE
 ):
     """params -> bits per byte of the whole held-out text."""
     windows, scored = data.evaluation_windows(corpus, seq_len)
@@ -247,7 +247,7 @@ def state_shardings(
     shapes = jax.eval_shape(make_init(model.init, optimizer), jax.random.key(0))
     if placement.mesh is None:
         return jax.tree.map(lambda _: placement.rows, shapes)
-    params = language_model.shardings(api, *sizes, placement.mesh, parallel.RULES)
+    params = language_model.shardings(api, sizes, placement.mesh, parallel.RULES)
     return TrainState(params, optimizer_shardings(optimizer, shapes.params, params, placement.mesh))
 
 

@@ -1,0 +1,150 @@
+"""The training script on meshes and on several processes: the curve of one device, whoever dies on the way."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+from toy import language_model, parallel, training
+from toy.training import train
+
+from tests.test_train_toy import ROOT, SMALL, config, metrics, text
+
+pytestmark = pytest.mark.promotes
+RUN = SMALL | {"steps": 60, "batch_size": 8, "eval_every": 30, "checkpoint_every": 10}
+ROUNDING = 2e-5  # relative, of losses over 60 steps; 4e-6 is the most measured
+__all__ = ["text"]  # the fixture
+
+
+@pytest.fixture(scope="module")
+def alone(text, tmp_path_factory):
+    """The curve of one device."""
+    workdir = tmp_path_factory.mktemp("alone")
+    train(config(workdir, text, **RUN))
+    return curve(workdir)
+
+
+def curve(workdir):
+    """{(step, name): value}; no step twice."""
+    values = [((record["step"], name), value) for record in metrics(workdir) for name, value in record.items()]
+    values = [(key, value) for key, value in values if key[1] != "step"]
+    assert len(dict(values)) == len(values)
+    return dict(values)
+
+
+def check(workdir, expected):
+    got = curve(workdir)
+    assert got.keys() == expected.keys()
+    for key, value in expected.items():
+        assert got[key] == pytest.approx(value, rel=ROUNDING), key
+
+
+def start(count, devices, mesh, workdir, text):
+    """Starts `count` processes of `devices` CPU devices each."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    environment = os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+    }
+    settings = RUN | {"mesh": mesh, "workdir": workdir, "data": text}
+    flags = [f"--config.{name}={value}" for name, value in settings.items()]
+    flags += [f"--coordinator_address=localhost:{port}", f"--num_processes={count}"]
+    command = [sys.executable, str(ROOT / "scripts" / "train_toy.py"), *flags]
+    return [
+        subprocess.Popen(
+            [*command, f"--process_id={i}"], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        for i in range(count)
+    ]
+
+
+def finish(processes):
+    for process in processes:
+        _, errors = process.communicate(timeout=300)
+        assert process.returncode == 0, errors
+
+
+def test_two_processes_have_the_curve_of_one(alone, text, tmp_path):
+    finish(start(2, 2, "fsdp=2,tensor=2", tmp_path, text))
+    check(tmp_path, alone)
+
+
+@pytest.mark.parametrize("victim", [1, 0])
+def test_killed_and_continued_by_another_number_of_processes(victim, alone, text, tmp_path):
+    processes = start(2, 2, "data=2,tensor=2", tmp_path, text)
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "checkpoints" / "20").exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    processes[victim].send_signal(signal.SIGKILL)
+    killed_at = time.monotonic()
+    _, message = processes[1 - victim].communicate(timeout=60)
+    assert processes[victim].wait() == -signal.SIGKILL
+    assert processes[1 - victim].returncode != 0 and time.monotonic() - killed_at < 30
+    assert "another task died" in message or "The 2 processes of a run go on together. Received in process" in message
+    assert not (tmp_path / "summary.json").exists()
+    if victim:
+        finish(start(4, 2, "data=2,fsdp=2,tensor=2", tmp_path, text))
+    else:
+        assert train(config(tmp_path, text, **RUN))["continued_from_step"] >= 20  # one process, no mesh
+    check(tmp_path, alone)
+
+
+@pytest.mark.parametrize(("api", "options"), [("linen", {}), ("nnx", {"check_values": True})])
+def test_one_process_on_a_mesh(api, options, alone, text, tmp_path):
+    spread = train(config(tmp_path / "mesh", text, **RUN, api=api, mesh="data=2,fsdp=2,tensor=2", **options))
+    if api == "linen":
+        train(config(tmp_path / "one", text, **RUN, api=api))
+        alone = curve(tmp_path / "one")
+    check(tmp_path / "mesh", alone)
+    assert spread["heldout_bits_per_byte"] == pytest.approx(alone[60, "heldout_bits_per_byte"], rel=ROUNDING)
+
+
+def test_a_process_reads_the_rows_of_its_own_devices():
+    read = []
+
+    def rows(wanted):
+        read.append(list(wanted))
+        return np.array([[row] * 3 for row in wanted])
+
+    placement = parallel.Placement(parallel.make_mesh("data=2,fsdp=2,tensor=2"))
+    batch = placement.batch((8, 3), "int32", rows)
+    assert sorted({tuple(part) for part in read}) == [(0, 1), (2, 3), (4, 5), (6, 7)]
+    np.testing.assert_array_equal(batch, np.arange(8)[:, None] * np.ones((1, 3), int))
+    assert placement.count_rows(64) == 64 and placement.count_rows(6) == 8
+
+
+@pytest.mark.parametrize(
+    ("mesh", "message"),
+    [
+        ("fsdp=2", r"as many places as devices, 8. Received: 'fsdp=2'"),
+        ("fsdp=2,rows=4", "of the form data=1,fsdp=2,tensor=2"),
+        ("fsdp=2,fsdp=4", "of the form"),
+        ("fsdp=-8", "of the form"),
+        ("8", "of the form"),
+    ],
+)
+def test_meshes_that_there_are_not(mesh, message):
+    with pytest.raises(ValueError, match=message):
+        parallel.make_mesh(mesh)
+
+
+def test_parameters_and_moments_are_spread(text, tmp_path):
+    placement = parallel.Placement(parallel.make_mesh("fsdp=2,tensor=4"))
+    sizes = (config(tmp_path, text, **RUN | {"num_heads": 4}).mlp, 2, 4)
+    optimizer = training.make_optimizer(1e-3, 10, 0.1, 0.1)
+    for api in ("nnx", "linen"):
+        model = language_model.make(api, *sizes)
+        shardings = training.state_shardings(api, sizes, model, optimizer, placement)
+        state = jax.jit(lambda: training.make_init(model.init, optimizer)(jax.random.key(0)), out_shardings=shardings)()
+        share = sum(leaf.addressable_shards[0].data.size for leaf in jax.tree.leaves(state)) / sum(
+            leaf.size for leaf in jax.tree.leaves(state)
+        )
+        # Of eight parts; norms and the embedding lie in two and four copies.
+        assert share < 0.3
