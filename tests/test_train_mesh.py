@@ -45,7 +45,7 @@ def check(workdir, expected):
 
 
 def start(count, devices, mesh, workdir, text):
-    """Starts `count` processes of `devices` CPU devices each."""
+    """Starts `count` processes of `devices` CPU devices each; what they print is in `workdir`, in 0.log and so on."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
@@ -57,22 +57,20 @@ def start(count, devices, mesh, workdir, text):
     flags = [f"--config.{name}={value}" for name, value in settings.items()]
     flags += [f"--coordinator_address=localhost:{port}", f"--num_processes={count}"]
     command = [sys.executable, str(ROOT / "scripts" / "train_toy.py"), *flags]
-    return [
-        subprocess.Popen(
-            [*command, f"--process_id={i}"], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-        )
-        for i in range(count)
-    ]
+    processes = []
+    for i in range(count):
+        with (workdir / f"{i}.log").open("w") as log:
+            processes.append(subprocess.Popen([*command, f"--process_id={i}"], env=environment, stdout=log, stderr=log))
+    return processes
 
 
-def finish(processes):
-    for process in processes:
-        _, errors = process.communicate(timeout=300)
-        assert process.returncode == 0, errors
+def finish(processes, workdir):
+    for i, process in enumerate(processes):
+        assert process.wait(timeout=300) == 0, (workdir / f"{i}.log").read_text()
 
 
 def test_two_processes_have_the_curve_of_one(alone, text, tmp_path):
-    finish(start(2, 2, "fsdp=2,tensor=2", tmp_path, text))
+    finish(start(2, 2, "fsdp=2,tensor=2", tmp_path, text), tmp_path)
     check(tmp_path, alone)
 
 
@@ -84,13 +82,13 @@ def test_killed_and_continued_by_another_number_of_processes(victim, alone, text
         time.sleep(0.02)
     processes[victim].send_signal(signal.SIGKILL)
     killed_at = time.monotonic()
-    _, message = processes[1 - victim].communicate(timeout=60)
     assert processes[victim].wait() == -signal.SIGKILL
-    assert processes[1 - victim].returncode != 0 and time.monotonic() - killed_at < 30
+    assert processes[1 - victim].wait(timeout=60) != 0 and time.monotonic() - killed_at < 30
+    message = (tmp_path / f"{1 - victim}.log").read_text()
     assert "another task died" in message or "The 2 processes of a run go on together. Received in process" in message
     assert not (tmp_path / "summary.json").exists()
     if victim:
-        finish(start(4, 2, "data=2,fsdp=2,tensor=2", tmp_path, text))
+        finish(start(4, 2, "data=2,fsdp=2,tensor=2", tmp_path, text), tmp_path)
     else:
         assert train(config(tmp_path, text, **RUN))["continued_from_step"] >= 20  # one process, no mesh
     check(tmp_path, alone)

@@ -15,6 +15,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, SingleDev
 from gemma_mlp import sharding
 from gemma_mlp.checks import require
 
+HEARTBEAT_SECONDS = 20  # without a word from a process, after which JAX ends the others that wait for it
 AXES = ("data", "fsdp", "tensor")
 RULES: sharding.Rules = (*sharding.RULES, ("heads", "tensor"), ("vocabulary", None))
 
@@ -25,7 +26,9 @@ def join(coordinator_address: str | None, num_processes: int | None, process_id:
     Raises:
       RuntimeError: if the others do not come.
     """
-    jax.distributed.initialize(coordinator_address, num_processes, process_id)
+    jax.distributed.initialize(
+        coordinator_address, num_processes, process_id, heartbeat_timeout_seconds=HEARTBEAT_SECONDS
+    )
 
 
 def is_first() -> bool:
