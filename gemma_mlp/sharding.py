@@ -26,11 +26,12 @@ from gemma_mlp.axes import (
     require_divisible,
     require_rules,
 )
+from gemma_mlp.checks import require
 from gemma_mlp.params import ParamSpec
 
 __all__ = ["RULES", "SEQUENCE_PARALLEL_RULES", "Rules", "activation_sharding", "named_shardings", "optimizer_shardings"]
 
-BOXES = (nnx.Variable, nn.meta.AxisMetadata, ParamSpec)
+BOXES = (nnx.Variable, nn.Partitioned, ParamSpec)  # what carries logical axes
 
 
 def named_shardings(tree: Any, mesh: Mesh, rules: Rules = RULES) -> Any:
@@ -39,14 +40,25 @@ def named_shardings(tree: Any, mesh: Mesh, rules: Rules = RULES) -> Any:
     Args:
       tree: arrays, or `jax.ShapeDtypeStruct`s, with their logical axes: an `nnx.State` of a model or of an
         `nnx.Optimizer`, Linen's variables or a train state of them as `init` gives them, boxed, or
-        `MLPBlockParams.specs(config)`. What has no logical axes is put whole on every device.
+        `MLPBlockParams.specs(config)`. What among them has no logical axes is put whole on every device.
       mesh: the devices.
       rules: which mesh axes each logical axis is split over.
 
     Raises:
-      ValueError: if an axis does not divide, the mesh has no such axis, or a logical axis has no rule.
+      ValueError: if an axis does not divide, the mesh has no such axis, a logical axis has no rule, or nothing in the
+        tree has logical axes.
     """
     require_rules(rules)
+
+    def is_box(leaf):
+        return isinstance(leaf, BOXES)
+
+    require(
+        any(map(is_box, jax.tree.leaves(tree, is_leaf=is_box))),
+        "Shardings follow from logical axes.",
+        "a tree of arrays alone",
+        "give MLPBlockParams.specs(config), nnx.state(model), or Linen's variables before nn.unbox.",
+    )
 
     def sharding(axes, shape):
         spec = partition_spec(axes, rules)
@@ -63,7 +75,7 @@ def named_shardings(tree: Any, mesh: Mesh, rules: Rules = RULES) -> Any:
             return leaf.replace_boxed(sharding(leaf.names, leaf.value.shape))
         return NamedSharding(mesh, PartitionSpec())
 
-    return jax.tree.map(of_leaf, tree, is_leaf=lambda leaf: isinstance(leaf, BOXES))
+    return jax.tree.map(of_leaf, tree, is_leaf=is_box)
 
 
 def optimizer_shardings(optimizer: optax.GradientTransformation, params: Any, shardings: Any, mesh: Mesh) -> Any:
