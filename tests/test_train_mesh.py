@@ -9,6 +9,7 @@ import time
 
 import jax
 import numpy as np
+import optax
 import pytest
 from toy import language_model, parallel, training
 from toy.training import train
@@ -69,8 +70,9 @@ def finish(processes, workdir):
         assert process.wait(timeout=300) == 0, (workdir / f"{i}.log").read_text()
 
 
-def test_two_processes_have_the_curve_of_one(alone, text, tmp_path):
-    finish(start(2, 2, "fsdp=2,tensor=2", tmp_path, text), tmp_path)
+@pytest.mark.parametrize(("count", "mesh"), [(2, "fsdp=2,tensor=2"), (4, "fsdp=8")])
+def test_several_processes_have_the_curve_of_one(count, mesh, alone, text, tmp_path):
+    finish(start(count, 2, mesh, tmp_path, text), tmp_path)
     check(tmp_path, alone)
 
 
@@ -133,16 +135,28 @@ def test_meshes_that_there_are_not(mesh, message):
         parallel.make_mesh(mesh)
 
 
-def test_parameters_and_moments_are_spread(text, tmp_path):
-    placement = parallel.Placement(parallel.make_mesh("fsdp=2,tensor=4"))
-    sizes = (config(tmp_path, text, **RUN | {"num_heads": 4}).mlp, 2, 4)
+@pytest.mark.parametrize("api", ["nnx", "linen"])
+def test_parameters_and_moments_are_spread(api, text, tmp_path):
+    placement = parallel.Placement(parallel.make_mesh("fsdp=4,tensor=2"))
+    sizes = (config(tmp_path, text, **RUN).mlp, 2, 2)
     optimizer = training.make_optimizer(1e-3, 10, 0.1, 0.1)
-    for api in ("nnx", "linen"):
-        model = language_model.make(api, *sizes)
-        shardings = training.state_shardings(api, sizes, model, optimizer, placement)
-        state = jax.jit(lambda: training.make_init(model.init, optimizer)(jax.random.key(0)), out_shardings=shardings)()
-        share = sum(leaf.addressable_shards[0].data.size for leaf in jax.tree.leaves(state)) / sum(
-            leaf.size for leaf in jax.tree.leaves(state)
-        )
-        # Of eight parts; norms and the embedding lie in two and four copies.
-        assert share < 0.3
+    model = language_model.make(api, *sizes)
+    params, opt_state = training.state_shardings(api, sizes, model, optimizer, placement)
+    assert tuple(params["embed"]["embedding"].spec) == (None, "fsdp")
+    assert tuple(params["final_norm"]["scale"].spec) == ("fsdp",)
+    layer = params["layer_1"]
+    for name in ("query", "key", "value"):
+        assert tuple(layer["attention"][name]["kernel"].spec) == ("fsdp", "tensor", None)
+    assert tuple(layer["attention"]["out"]["kernel"].spec) == ("tensor", None, "fsdp")
+    assert tuple(layer["mlp_block"]["mlp"]["down_proj"].spec) == ("tensor", "fsdp")
+    (moments,) = (part for part in jax.tree.leaves(opt_state, is_leaf=has_moments) if has_moments(part))
+    assert moments.mu == moments.nu == params
+
+
+def has_moments(part):
+    return isinstance(part, optax.ScaleByAdamState)
+
+
+def test_a_batch_that_does_not_divide(text, tmp_path):
+    with pytest.raises(ValueError, match=r"config.batch_size divides over .* Received: 12 over 8\. Fix:"):
+        train(config(tmp_path, text, **RUN | {"batch_size": 12}, mesh="fsdp=8"))

@@ -78,10 +78,14 @@ class Placement(NamedTuple):
         """The sharding of what every device has."""
         return None if self.mesh is None else NamedSharding(self.mesh, PartitionSpec())
 
+    @property
+    def row_parts(self) -> int:
+        """Into how many parts a batch is split."""
+        return 1 if self.mesh is None else self.mesh.shape["data"] * self.mesh.shape["fsdp"]
+
     def count_rows(self, least: int) -> int:
         """The smallest batch of at least `least` rows that divides over the devices."""
-        parts = 1 if self.mesh is None else self.mesh.shape["data"] * self.mesh.shape["fsdp"]
-        return -(-least // parts) * parts
+        return -(-least // self.row_parts) * self.row_parts
 
     def batch(self, shape: tuple[int, ...], dtype: str, read: Callable[[range], np.ndarray]) -> jax.Array:
         """A batch of which every process reads the rows that go to its own devices."""

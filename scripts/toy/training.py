@@ -16,7 +16,7 @@ import optax
 import orbax.checkpoint as ocp
 from tqdm import tqdm
 
-from gemma_mlp.checks import check_values
+from gemma_mlp.checks import check_values, require
 from gemma_mlp.sharding import optimizer_shardings
 from toy import data, language_model, parallel, records, sampling, yardsticks
 from toy.language_model import LanguageModel
@@ -45,6 +45,12 @@ def train(config: RunConfig) -> dict[str, Any]:
     sizes = (dataclasses.replace(config.mlp, axis_rules=placement.rules), config.num_layers, config.num_heads)
     model = language_model.make(config.api, *sizes)
     optimizer = make_optimizer(config.learning_rate, config.steps, config.warmup_fraction, config.weight_decay)
+    require(
+        config.batch_size == placement.count_rows(config.batch_size),
+        "config.batch_size divides over the mesh's data and fsdp axes.",
+        f"{config.batch_size} over {placement.row_parts}",
+        "pass --config.batch_size=VALUE.",
+    )
     windows = data.training_windows(corpus.train, config.seq_len, config.seed)
     shardings = state_shardings(config.api, sizes, model, optimizer, placement)
     train_step = make_train_step(functools.partial(mean_loss, model), optimizer)
