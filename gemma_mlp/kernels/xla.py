@@ -136,7 +136,8 @@ def _mask(op, params, x_BD, dropout_key):
     """True where dropout keeps an element of h; None without dropout."""
     if op.dropout_rate == 0:
         return None
-    return jax.random.bernoulli(dropout_key, 1 - op.dropout_rate, (*x_BD.shape[:-1], params.gate_proj.shape[1]))
+    shape = (*x_BD.shape[:-1], params.gate_proj.shape[1])
+    return _over_hidden(op, jax.random.bernoulli(dropout_key, 1 - op.dropout_rate, shape))
 
 
 def _gated(op, gate_BF, up_BF, mask_BF):
@@ -150,10 +151,10 @@ def _down(op, params, h_BF):
 
 def _gradients(op, params, x_BD, mask_BF, kept, dy_BD):
     """The gradients of the parameters and of x."""
-    hidden_dim = params.gate_proj.shape[1]
     shards = count_shards("mlp", op.axis_rules)
-    slice_size = _slice_size(op, x_BD, hidden_dim // shards)
-    if slice_size >= hidden_dim // shards:
+    hidden_part = params.gate_proj.shape[1] // shards
+    slice_size = _slice_size(op, x_BD, hidden_part)
+    if slice_size >= hidden_part:
         dparams, dx_BD = _gradients_over_hidden(op, params, x_BD, mask_BF, kept, dy_BD)
     else:
         over_hidden = {name: getattr(params, name) for name in HIDDEN_AXIS}
@@ -169,7 +170,7 @@ def _gradients(op, params, x_BD, mask_BF, kept, dy_BD):
             return dparams, dx_BD + dx_part_BD
 
         zeros = jax.tree.map(jnp.zeros_like, over_hidden), jnp.zeros(x_BD.shape, op.wide)
-        dparams, dx_BD = in_slices(hidden_dim // shards, slice_size, add_slice, zeros)
+        dparams, dx_BD = in_slices(hidden_part, slice_size, add_slice, zeros)
     return MLPParams(**dparams, down_bias=_total(dy_BD, params.down_bias)), dx_BD.astype(x_BD.dtype)
 
 
@@ -203,10 +204,10 @@ def _gradients_over_hidden(op, params, x_BD, mask_BF, kept, dy_BD) -> tuple[dict
     return dparams, _as_stream(op, dx_BD + _multiply(op, op.wide, dup_BF, params.up_proj, transpose=True))
 
 
-def _slice_size(op, x_BD, hidden_dim):
-    """As many slices of F as the forward pass has chunks of tokens."""
+def _slice_size(op, x_BD, hidden_part):
+    """As many slices of each device's part of F as the forward pass has chunks of tokens."""
     chunks = 1 if op.chunk_size is None or x_BD.ndim < 2 else ceil_div(x_BD.shape[-2], op.chunk_size)
-    return ceil_div(ceil_div(hidden_dim, max(chunks, 1)), LANES) * LANES
+    return ceil_div(ceil_div(hidden_part, max(chunks, 1)), LANES) * LANES
 
 
 class Cut(NamedTuple):
