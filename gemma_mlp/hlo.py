@@ -217,18 +217,33 @@ def _groups(attributes: str) -> tuple[tuple[int, ...], ...]:
     """Replica groups or source-target pairs, in any of the forms that XLA writes."""
     if found := re.search(r"(?:replica_groups|source_target_pairs)=\{(\{[\d, {}]*\})\}", attributes):
         return tuple(tuple(map(int, group.split(","))) for group in re.findall(r"\{([\d, ]+)\}", found[1]))
-    if found := re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", attributes):
-        shape, sizes, order = (tuple(map(int, part.split(","))) if part else None for part in found.groups())
-        return _rows(np.arange(math.prod(sizes)).reshape(sizes).transpose(order).reshape(shape))
-    if found := re.search(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(([\d,]+)\))? ?\{([^}]*)\}", attributes):
-        sizes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", found[1])}
-        require(found[2] is None and ":(" not in found[3], "Groups are of whole axes.", found[0], "extend hlo._groups.")
-        ids = np.arange(math.prod(sizes.values())).reshape(*sizes.values())
-        chosen = [list(sizes).index(name) for name in re.findall(r"'([^']+)'", found[3])]
-        count = math.prod(ids.shape[axis] for axis in chosen)
-        return _rows(np.moveaxis(ids, chosen, range(-len(chosen), 0)).reshape(-1, count))
-    require("replica_groups" not in attributes, "Groups are in a known form.", attributes[:200], "extend hlo._groups.")
+    if found := re.search(rf"replica_groups=\[([\d,]+)\]<={IOTA}", attributes):
+        return _rows(_iota(*found.groups()[1:]).reshape(_numbers(found[1])))
+    if found := re.search(rf"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\({IOTA}\))? \{{([^}}]*)\}}", attributes):
+        sizes = dict(re.findall(r"'([^']+)'=(\d+)", found[1]))
+        chips = _iota(found[2] or ",".join(sizes.values()), found[3])
+        # Each axis in three: 'axis':(2)4 is the four after an outer two, 'axis' is all of it.
+        parts = {name: (1, int(size), 1) for name, size in sizes.items()}
+        for name, outer, size in re.findall(r"'([^']+)':\((\d+)\)(\d+)", found[4]):
+            parts[name] = int(outer), int(size), int(sizes[name]) // (int(outer) * int(size))
+        chosen = [3 * list(sizes).index(name) + 1 for name in re.findall(r"'([^']+)'", found[4])]
+        chips = chips.reshape([part for axis in parts.values() for part in axis])
+        count = math.prod(chips.shape[axis] for axis in chosen)
+        return _rows(np.moveaxis(chips, chosen, range(-len(chosen), 0)).reshape(-1, count))
+    require("replica_groups" not in attributes, "Groups are in a known form.", attributes[:300], "extend hlo._groups.")
     return ()
+
+
+IOTA = r"\[([\d,]+)\](?:T\(([\d,]+)\))?"  # [4,2]T(1,0): the numbers of an array of 4 x 2, transposed
+
+
+def _iota(sizes: str, order: str | None) -> np.ndarray:
+    chips = np.arange(math.prod(_numbers(sizes))).reshape(_numbers(sizes))
+    return chips.transpose(_numbers(order) if order else range(chips.ndim))
+
+
+def _numbers(text: str) -> list[int]:
+    return list(map(int, text.split(",")))
 
 
 def _rows(array: np.ndarray) -> tuple[tuple[int, ...], ...]:
