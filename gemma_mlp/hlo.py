@@ -1,5 +1,6 @@
 """Reads a compiled program's HLO text: what is sent between chips, how often, and by which of them to which."""
 
+import dataclasses
 import functools
 import itertools
 import math
@@ -13,6 +14,7 @@ import numpy as np
 from gemma_mlp.checks import require
 
 COLLECTIVES = ("all-gather", "all-reduce", "all-to-all", "collective-permute", "reduce-scatter")
+SCATTER = "all-reduce-scatter"  # the fusions in which the TPU's compiler has a reduce-scatter, as an all-reduce
 MOVES = ("bitcast", "convert", "copy", "copy-done", "copy-start")  # of one number to another place
 
 INSTRUCTION = re.compile(r"^\s+(ROOT )?%?([\w.-]+) = (.+?) ([a-z][a-z0-9-]*)\((.*)$")
@@ -120,7 +122,8 @@ class _Program:
                 seen |= {channel[0]} if channel else set()
             else:
                 for called in _called(instruction):
-                    yield from self.transfers(called, times, call, seen)
+                    for inner in self.transfers(called, times, call, seen):
+                        yield _scattered(inner, instruction) if called.startswith(SCATTER) else inner
 
     def trips(self, computation: Computation, loop: Instruction, call: Call | None) -> int | None:
         """How often a loop runs: as the compiler says, or as its counter's start, step and bound give it."""
@@ -167,6 +170,11 @@ class _Program:
         if _index(self.computations[body], self.roots[body].operands[index]) != index:
             return None
         return self.number(call.computation, call.computation[call.instruction.operands[0]].operands[index], call.outer)
+
+
+def _scattered(inner: Collective, fusion: Instruction) -> Collective:
+    """The sum inside of a fusion of which each chip keeps its part."""
+    return dataclasses.replace(inner, kind="reduce-scatter", bytes=_bytes(fusion.shape))
 
 
 def _moved(computation: Computation, name: str) -> str:

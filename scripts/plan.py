@@ -56,6 +56,9 @@ def main(argv):
         require(data * fsdp * tensor == count, rule, f"{data} x {fsdp} x {tensor}", "change the mesh or the target.")
     if SEARCH.value:
         chosen = chosen or meshes(count, config.preset, config.tokens)
+        require(
+            bool(chosen), f"The sizes of {config.preset} divide by a mesh.", f"{count} chips", "take another target."
+        )
         ladders = cases(chosen, config.preset, config.program, config.tokens)
     else:
         ladders = [
