@@ -7,6 +7,7 @@ import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -82,11 +83,15 @@ class Call:
 def collectives(text: str) -> tuple[Collective, ...]:
     """The transfers between chips, in the order in which they run; an asynchronous one counts once, at its start.
 
-    Both branches of a conditional count. What the TPU's compiler spreads over several fusions, the start of a
-    transfer, its steps and its end, has one channel and counts once.
+    Both branches of a conditional count. What the TPU's compiler spreads over fusions, some of them inside of loops
+    that run meanwhile, has one channel, and counts once, where it runs least.
     """
     program = _Program(text)
-    return tuple(program.transfers(program.entry, 1, None, set()))
+    found: dict[Any, Collective] = {}
+    for position, (channel, each) in enumerate(program.transfers(program.entry, 1, None)):
+        key = position if channel is None else channel
+        found[key] = min(found.get(key, each), each, key=lambda each: math.inf if each.times is None else each.times)
+    return tuple(found.values())
 
 
 class _Program:
@@ -106,24 +111,23 @@ class _Program:
                     self.roots[name] = instruction
         require(bool(self.entry), "A program's HLO text has an ENTRY.", repr(text[:80]), "pass compiled.as_text().")
 
-    def transfers(self, name: str, times: int | None, call: Call | None, seen: set[str]) -> Iterator[Collective]:
-        """Those of one computation, which runs `times` times; `seen` are the channels of the loop around it."""
+    def transfers(self, name: str, times: int | None, call: Call | None) -> Iterator[tuple[str | None, Collective]]:
+        """Those of one computation, which runs `times` times, each with its channel."""
         for instruction in self.computations[name].values():
             kind = instruction.opcode.removesuffix("-start")
             if instruction.opcode == "while":
                 trips = self.trips(self.computations[name], instruction, call)
                 inner = None if None in (times, trips) else times * trips
                 body = instruction.computation("body")
-                yield from self.transfers(body, inner, Call(self.computations[name], instruction, call), set())
+                yield from self.transfers(body, inner, Call(self.computations[name], instruction, call))
             elif kind in COLLECTIVES:
                 channel = re.search(r"channel_id=(\d+)", instruction.rest)
-                if channel is None or channel[0] not in seen:
-                    yield Collective(kind, _result_bytes(instruction), _groups(instruction.rest), times)
-                seen |= {channel[0]} if channel else set()
+                each = Collective(kind, _result_bytes(instruction), _groups(instruction.rest), times)
+                yield channel and channel[0], each
             else:
                 for called in _called(instruction):
-                    for inner in self.transfers(called, times, call, seen):
-                        yield _scattered(inner, instruction) if called.startswith(SCATTER) else inner
+                    for channel, each in self.transfers(called, times, call):
+                        yield channel, _scattered(each, instruction) if called.startswith(SCATTER) else each
 
     def trips(self, computation: Computation, loop: Instruction, call: Call | None) -> int | None:
         """How often a loop runs: as the compiler says, or as its counter's start, step and bound give it."""
@@ -172,9 +176,9 @@ class _Program:
         return self.number(call.computation, call.computation[call.instruction.operands[0]].operands[index], call.outer)
 
 
-def _scattered(inner: Collective, fusion: Instruction) -> Collective:
+def _scattered(total: Collective, fusion: Instruction) -> Collective:
     """The sum inside of a fusion of which each chip keeps its part."""
-    return dataclasses.replace(inner, kind="reduce-scatter", bytes=_bytes(fusion.shape))
+    return dataclasses.replace(total, kind="reduce-scatter", bytes=_bytes(fusion.shape))
 
 
 def _moved(computation: Computation, name: str) -> str:
