@@ -140,7 +140,7 @@ def _topology(target: str) -> topologies.TopologyDescription:
     kind, _, name = target.partition(":")
     count = int(name) if re.fullmatch(r"[1-9]\d*", name) else 1 if target == "h200" else 0
     require(
-        kind == "h200" and (0 < count < HOST or (count and count % HOST == 0)),
+        kind == "h200" and (0 < count < HOST or count // HOST * HOST == count > 0),
         'A target is "tpu CHIP:TOPOLOGY", such as "tpu v5e:2x2", "tpu v5p:2x2x1" or "tpu v6e:16x16", "h200" or, for '
         f'fewer than {HOST} or whole hosts of {HOST}, "h200:COUNT", or "cpu".',
         repr(target),

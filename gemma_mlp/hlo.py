@@ -98,7 +98,7 @@ class _Program:
     def __init__(self, text: str):
         self.computations: dict[str, Computation] = {}
         self.roots: dict[str, Instruction] = {}
-        self.entry = ""
+        self.entry = name = ""
         for line in text.splitlines():
             if header := COMPUTATION.match(line):
                 name = header[2]
@@ -117,7 +117,7 @@ class _Program:
             kind = instruction.opcode.removesuffix("-start")
             if instruction.opcode == "while":
                 trips = self.trips(self.computations[name], instruction, call)
-                inner = None if None in (times, trips) else times * trips
+                inner = None if times is None or trips is None else times * trips
                 body = instruction.computation("body")
                 yield from self.transfers(body, inner, Call(self.computations[name], instruction, call))
             elif kind in COLLECTIVES:

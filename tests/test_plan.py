@@ -8,7 +8,7 @@ from pathlib import Path
 import jax
 import pytest
 from planning import attempts, chips, search
-from planning.stack import AXES, LAYERS, SAVES, Case
+from planning.stack import AXES, LAYERS, SAVES, Case, build
 
 from gemma_mlp.hlo import Collective
 
@@ -65,6 +65,27 @@ def test_layers_and_flops():
         assert case(save=save).flops() == pytest.approx((6 + 2 * again) * parameters * 16 * 8192 / 256)
     assert case(program="forward", mesh=(2, 4, 1)).flops() == 2 * parameters * 8192
     assert list(SAVES) == ["block", "input", "gate_up"]  # leanest first, as the search takes them
+
+
+def count_products(jaxpr):
+    """The dot_generals that a TPU runs of a layer: loops once, of a choice by platform the last branch."""
+    found = 0
+    for equation in jaxpr.eqns:
+        inner = [getattr(each, "jaxpr", each) for each in jax.tree.leaves(list(equation.params.values()))]
+        inner = [each for each in inner if hasattr(each, "eqns")]
+        found += (equation.primitive.name == "dot_general") + sum(
+            map(count_products, inner[-1:] if equation.primitive.name == "cond" else inner)
+        )
+    return found
+
+
+@pytest.mark.promotes  # optax does
+@pytest.mark.parametrize("save", SAVES)
+def test_a_step_has_the_products_that_are_counted(save):
+    mesh = jax.make_mesh((1, 1, 1), AXES, (jax.sharding.AxisType.Auto,) * 3, devices=jax.devices("cpu")[:1])
+    for program, products in {"train": SAVES[save].products, "forward": 3}.items():
+        step, arguments, _ = build(case("gemma3_270m", program, (1, 1, 1), 64, save), mesh)
+        assert count_products(jax.make_jaxpr(step)(*arguments).jaxpr) == products
 
 
 class TestTransfers:
