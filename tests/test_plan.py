@@ -98,6 +98,7 @@ class TestTransfers:
             (((0, 1, 2, 3, 4, 5),), "fsdp, tensor"),
             (((0, 6), (6, 0), (3, 9), (9, 3)), "data"),
             (((0, 1), (1, 2), (2, 0)), "tensor"),
+            (((0, 1), (2, 5)), "fsdp, tensor"),
             ((tuple(range(12)),), "data, fsdp, tensor"),
         ],
     )
