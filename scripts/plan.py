@@ -50,20 +50,7 @@ def main(argv):
     print(f"A sequence of {config.tokens} tokens for each row of devices; compiled by JAX {jax.__version__}")
     report = config.to_dict() | {"jax": jax.__version__, "rows": []}
 
-    chosen = [parse_mesh(mesh) for mesh in (config.meshes if SEARCH.value else (config.mesh,))]
-    for data, fsdp, tensor in chosen:
-        rule = f"A mesh of {config.target} has {count} devices."
-        require(data * fsdp * tensor == count, rule, f"{data} x {fsdp} x {tensor}", "change the mesh or the target.")
-    if SEARCH.value:
-        chosen = chosen or meshes(count, config.preset, config.tokens)
-        require(
-            bool(chosen), f"The sizes of {config.preset} divide by a mesh.", f"{count} chips", "take another target."
-        )
-        ladders = cases(chosen, config.preset, config.program, config.tokens)
-    else:
-        ladders = [
-            [Case(config.preset, config.program, chosen[0], config.tokens, config.save, config.sequence_parallel)]
-        ]
+    ladders = ladders_of(config, count)
     for row in tqdm(search(ladders, compile_case), total=sum(map(len, ladders)), leave=False):
         report["rows"].append(row)
         (workdir / "plan.json").write_text(json.dumps(report, indent=2))
@@ -80,6 +67,20 @@ def main(argv):
     show(best[0], chip)
     print(f"\nIn {workdir}: plan.json")
     return 0
+
+
+def ladders_of(config, count):
+    """The cases to try, as :func:`search` takes them; without --search one."""
+    chosen = [parse_mesh(mesh) for mesh in (config.meshes if SEARCH.value else (config.mesh,))]
+    for data, fsdp, tensor in chosen:
+        rule = f"A mesh of {config.target} has {count} devices."
+        require(data * fsdp * tensor == count, rule, f"{data} x {fsdp} x {tensor}", "change the mesh or the target.")
+    if not SEARCH.value:
+        case = Case(config.preset, config.program, chosen[0], config.tokens, config.save, config.sequence_parallel)
+        return [[case]]
+    chosen = chosen or meshes(count, config.preset, config.tokens)
+    require(bool(chosen), f"The sizes of {config.preset} divide by a mesh.", f"{count} chips", "take another target.")
+    return cases(chosen, config.preset, config.program, config.tokens)
 
 
 def summary(row):
@@ -107,8 +108,8 @@ def show(row, chip):
     times = ", ".join(f"{name} {seconds:.3g} s" for name, seconds in row["roofline_seconds"].items())
     print(f"\nFLOPs of a chip's products, by arithmetic: {row['flops']:.3e}")
     print(f"Roofline, an estimate and a lower bound, not a measurement: {times}")
-    print(f"So at least {row['roofline_seconds'][row['bound']]:.3g} s, bound by {row['bound']}, and at most "
-          f"{row['roofline_tokens_per_second']:.3g} tokens/s.")  # fmt: skip
+    seconds, speed = row["roofline_seconds"][row["bound"]], row["roofline_tokens_per_second"]
+    print(f"So at least {seconds:.3g} s, bound by {row['bound']}, and at most {speed:.3g} tokens/s.")
 
 
 if __name__ == "__main__":
