@@ -206,10 +206,12 @@ def _called(instruction: Instruction) -> list[str]:
 
 
 def _result_bytes(instruction: Instruction) -> int:
-    """Of a transfer's result; the start of an asynchronous one gives (operands, results, ...), a sum's the result."""
-    if instruction.opcode.endswith("-start") and instruction.opcode != "all-reduce-start":
-        return _bytes(_split(instruction.shape[1:-1])[1])
-    return _bytes(instruction.shape)
+    """Of a transfer's result. The start of an asynchronous one gives (operands, results, ...), a sum's, unless its
+    operands are in brackets, the results alone."""
+    shape = instruction.shape
+    if instruction.opcode.endswith("-start") and (instruction.opcode != "all-reduce-start" or shape.startswith("((")):
+        return _bytes(_split(shape[1:-1])[1])
+    return _bytes(shape)
 
 
 def _bytes(shape: str) -> int:

@@ -15,6 +15,7 @@ ENTRY %main (p0: bf16[8,16]) -> bf16[32,16] {
   %start = (bf16[8,16]{1,0:T(8,128)}, bf16[32,16]{1,0:T(8,128)S(1)}, u32[]) all-gather-start(%p0), dimensions={0}
   %done = bf16[32,16]{1,0:T(8,128)} all-gather-done(%start)
   %sum = f32[4]{0} all-reduce-start(%q), channel_id=2
+  %wrapped = ((f32[4]{0}), f32[4]{0}) all-reduce-start(%q), channel_id=3
   %pair = (u8[4]{0}, pred[2,3]{1,0}) all-to-all(%a, %b)
   %scalar = s32[] reduce-scatter(%c)
   %fusion = bf16[32,16]{1,0} fusion(%all-reduce.1), kind=kLoop
@@ -26,6 +27,7 @@ def test_kinds_and_bytes():
     assert hlo.collectives(FLAT) == (
         Collective("all-reduce", 128 * 64 * 4, ((0, 1), (2, 3))),
         Collective("all-gather", 32 * 16 * 2),
+        Collective("all-reduce", 4 * 4),
         Collective("all-reduce", 4 * 4),
         Collective("all-to-all", 4 + 6),
         Collective("reduce-scatter", 4),

@@ -31,7 +31,8 @@ def test_a_training_step_on_h200s():
     """On four rows by two columns of chips."""
     row = attempt("h200:8", (1, 4, 2))
     weights, stream = LAYERS * 3 * D * F // 2, LAYERS * 8192 * D  # of a chip's column; of a row
-    assert sent(row, "fsdp", "reduce-scatter") == 4 * weights * 3 / 4  # gradients in float32
+    # Gradients, in float32; newer compilers have the norms' with them.
+    assert sent(row, "fsdp", "reduce-scatter") == pytest.approx(4 * weights * 3 / 4, rel=0.002)
     # Weights, in bfloat16: three forwards; backwards gate and up once for what is computed again, all three for dx.
     assert sent(row, "fsdp", "all-gather") == pytest.approx(2 * weights / 3 * 8 * 3 / 4, rel=0.01)  # and the norms'
     assert sent(row, "tensor", "all-gather") == 3 * 2 * stream / 2  # x, x again, dy
