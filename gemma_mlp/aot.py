@@ -5,7 +5,6 @@ extra; no chip, driver or CUDA library is needed. Set JAX_PLATFORMS=cpu before J
 """
 
 import functools
-import math
 import os
 import re
 from collections.abc import Callable
@@ -14,10 +13,10 @@ from importlib import metadata
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax.experimental import topologies
 
 from gemma_mlp.checks import require
+from gemma_mlp.hlo import Collective, collectives
 
 # What libtpu asks its host for, so that it does without one; the same for every kind of chip.
 TPU_ENVIRONMENT = {
@@ -39,16 +38,7 @@ gpu_device_info {
 }
 platform_name: "CUDA" dnn_version_info { major: 9 minor: 8 patch: 0 } device_description_str: "NVIDIA H200"
 """
-
-COLLECTIVES = ("all-gather", "all-reduce", "all-to-all", "collective-permute", "reduce-scatter")
-
-
-@dataclass(frozen=True)
-class Collective:
-    """One transfer between chips: its kind, in XLA's words, and the bytes of its result on each chip."""
-
-    kind: str
-    bytes: int
+HOST = 8  # H200s of an HGX board, which NVLink joins
 
 
 @dataclass(frozen=True)
@@ -58,17 +48,24 @@ class Compiled:
     Attributes:
       temp_bytes: what the program needs beyond its arguments and results.
       argument_bytes, output_bytes: of its arguments and results.
+      alias_bytes: of those results that take the place of donated arguments.
       flops: of one run, or None where the compiler does not count them. Loops count once.
-      collectives: the transfers between chips, in program order. Those in loops count once.
+      collectives: the transfers between chips, in program order, each with how often it runs.
       text: the optimised program, in XLA's HLO.
     """
 
     temp_bytes: int
     argument_bytes: int
     output_bytes: int
+    alias_bytes: int
     flops: float | None
     collectives: tuple[Collective, ...]
     text: str
+
+    @property
+    def total_bytes(self) -> int:
+        """What the program has in memory: arguments, results that take no argument's place, all beyond them."""
+        return self.argument_bytes + self.output_bytes - self.alias_bytes + self.temp_bytes
 
 
 def devices(target: str) -> list[Any]:
@@ -84,15 +81,21 @@ def devices(target: str) -> list[Any]:
 
 
 def compile_for(
-    target: str, function: Callable, *args: Any, compiler_options: dict[str, Any] | None = None
+    target: str,
+    function: Callable,
+    *args: Any,
+    donate_argnums: tuple[int, ...] = (),
+    compiler_options: dict[str, Any] | None = None,
 ) -> Compiled:
     """Compiles `function` for an accelerator, without one.
 
     Args:
-      target: "tpu v5e:2x2", "tpu v5p:2x2x1", "tpu v6e:16x16" and the like, "h200", or "cpu" for this machine's.
+      target: "tpu v5e:2x2", "tpu v5p:2x2x1", "tpu v6e:16x16" and the like, "h200", "h200:8" and, in hosts of eight,
+        "h200:16" and so on, or "cpu" for this machine's.
       function: takes and returns arrays.
       args: arrays or `jax.ShapeDtypeStruct`s, and trees of them. Those without a sharding are for one chip; shardings
         are over meshes of :func:`devices`.
+      donate_argnums: the arguments whose memory results may take, as `jax.jit` has them.
       compiler_options: for XLA, such as {"xla_gpu_enable_triton_gemm": False}.
 
     Raises:
@@ -107,7 +110,8 @@ def compile_for(
         sharding = leaf.sharding if isinstance(leaf, jax.ShapeDtypeStruct) and leaf.sharding is not None else one_chip
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
-    compiled = jax.jit(function).lower(*jax.tree.map(abstract, args)).compile(compiler_options=compiler_options)
+    lowered = jax.jit(function, donate_argnums=donate_argnums).lower(*jax.tree.map(abstract, args))
+    compiled = lowered.compile(compiler_options=compiler_options)
     memory, cost, text = compiled.memory_analysis(), compiled.cost_analysis(), compiled.as_text()
     assert memory is not None  # both compilers give both
     assert text is not None
@@ -115,33 +119,11 @@ def compile_for(
         temp_bytes=memory.temp_size_in_bytes,
         argument_bytes=memory.argument_size_in_bytes,
         output_bytes=memory.output_size_in_bytes,
+        alias_bytes=memory.alias_size_in_bytes,
         flops=cost.get("flops") if cost else None,
         collectives=collectives(text),
         text=text,
     )
-
-
-def collectives(text: str) -> tuple[Collective, ...]:
-    """The transfers between chips in a program's HLO text. An asynchronous one counts at its end."""
-    kinds = "|".join(COLLECTIVES)
-    operation = re.compile(rf"= (\(?[a-z][^=]*?) (?:({kinds})|({kinds})-done)\(")
-    return tuple(
-        Collective(synchronous or asynchronous, _bytes(shape))
-        for shape, synchronous, asynchronous in operation.findall(text)
-    )
-
-
-def _bytes(shape: str) -> int:
-    """The size of `bf16[8,128]{1,0}` or of a tuple of such."""
-    total = 0
-    for dtype, dims in re.findall(r"([a-z]+[0-9]*[a-z0-9]*)\[([0-9,]*)\]", shape):
-        name = {"pred": "bool", "bf16": "bfloat16"}.get(dtype) or re.sub(r"^([fsu])(\d+)$", _numpy_name, dtype)
-        total += jnp.dtype(name).itemsize * math.prod(int(size) for size in dims.split(",") if size)
-    return total
-
-
-def _numpy_name(match: re.Match) -> str:
-    return {"f": "float", "s": "int", "u": "uint"}[match[1]] + match[2]
 
 
 @functools.cache
@@ -155,16 +137,22 @@ def _topology(target: str) -> topologies.TopologyDescription:
             return topologies.get_topology_desc(platform="tpu", topology_name=name)
         except Exception as error:
             raise ValueError(f"libtpu knows the topology. Received: {target!r}. Fix: {error}") from error
+    kind, _, name = target.partition(":")
+    count = int(name) if re.fullmatch(r"[1-9]\d*", name) else 1 if target == "h200" else 0
     require(
-        target == "h200",
-        'A target is "tpu CHIP:TOPOLOGY", such as "tpu v5e:2x2", "tpu v5p:2x2x1" or "tpu v6e:16x16", "h200", or "cpu".',
+        kind == "h200" and (0 < count < HOST or count // HOST * HOST == count > 0),
+        'A target is "tpu CHIP:TOPOLOGY", such as "tpu v5e:2x2", "tpu v5p:2x2x1" or "tpu v6e:16x16", "h200" or, for '
+        f'fewer than {HOST} or whole hosts of {HOST}, "h200:COUNT", or "cpu".',
         repr(target),
         "use one of these forms.",
     )
     for package in ("jax-cuda13-plugin", "jax-cuda13-pjrt"):
         _require_package(package, jax.__version__)
     return topologies.get_topology_desc(
-        platform="cuda", topology_name="h200", topology="1x1x1", target_config=H200.replace("\n", " ")
+        platform="cuda",
+        topology_name="h200",
+        topology=f"1x{max(1, count // HOST)}x{min(count, HOST)}",  # slices, hosts, chips of a host
+        target_config=H200.replace("\n", " "),
     )
 
 

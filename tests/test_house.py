@@ -10,8 +10,8 @@ import gemma_mlp
 PACKAGE = Path(gemma_mlp.__file__).parent
 FLOORS = [
     {"checks", "activations"},
-    {"dtypes", "axes", "aot", "safetensors_folder"},
-    {"config"},
+    {"dtypes", "axes", "hlo", "safetensors_folder"},
+    {"config", "aot"},
     {"params", "rms_norm", "kernels.products"},
     {"kernels.xla", "trees", "sharding"},
     {"feed_forward", "layouts", "loading"},

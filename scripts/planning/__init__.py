@@ -1,0 +1,1 @@
+"""What scripts/plan.py does: the program it compiles, the chips' figures, the search."""
