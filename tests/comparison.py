@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gemma_mlp import MLPParams, feed_forward
+from gemma_mlp import ACTIVATIONS, MLPParams, feed_forward
 from tests import reference, samples
 from tests.reference import relative_error
 
@@ -14,6 +14,10 @@ EMBED_DIM, HIDDEN_DIM = 64, 256
 FLOAT32_BOUND = 1e-6  # 8.4 eps of float32; the largest error measured here is 5e-7
 FLOOR_FACTOR = 1.05
 SAVES = ("input", "gate_up")
+# Every activation with and without biases, and every shape compiled or not: that much is independent.
+CASES = [(activation, use_bias, (2, 3), True) for activation in sorted(ACTIVATIONS) for use_bias in (False, True)]
+CASES += [("gelu_tanh", True, batch, jit) for batch in samples.BATCHES for jit in (False, True) if batch != (2, 3)]
+CASES += [("gelu_tanh", True, (2, 3), False)]
 
 
 def case(batch, use_bias=False, seed=0, embed_dim=EMBED_DIM, hidden_dim=HIDDEN_DIM):

@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gemma_mlp import ACTIVATIONS, MLPBlockParams, MLPConfig, mlp_block
+from gemma_mlp import MLPBlockParams, MLPConfig, mlp_block
 from tests import reference, samples
+from tests.comparison import CASES
 from tests.reference import relative_error
 
 EMBED_DIM, HIDDEN_DIM, EPS = 64, 256, 1e-6
@@ -41,10 +42,7 @@ def errors(result, expected):
     return {name: relative_error(*pair) for name, pair in pairs.items()}
 
 
-@pytest.mark.parametrize("jit", [False, True])
-@pytest.mark.parametrize("batch", samples.BATCHES, ids=str)
-@pytest.mark.parametrize("use_bias", [False, True])
-@pytest.mark.parametrize("activation", sorted(ACTIVATIONS))
+@pytest.mark.parametrize(("activation", "use_bias", "batch", "jit"), CASES, ids=str)
 def test_float32_equals_the_oracle(activation, use_bias, batch, jit):
     arrays, x, dy = case(batch, use_bias)
     result = run(arrays, x, dy, "float32", jit=jit, activation=activation)
@@ -53,10 +51,7 @@ def test_float32_equals_the_oracle(activation, use_bias, batch, jit):
         assert error <= 1e-6, name
 
 
-@pytest.mark.parametrize("jit", [False, True])
-@pytest.mark.parametrize("batch", samples.BATCHES, ids=str)
-@pytest.mark.parametrize("use_bias", [False, True])
-@pytest.mark.parametrize("activation", sorted(ACTIVATIONS))
+@pytest.mark.parametrize(("activation", "use_bias", "batch", "jit"), CASES, ids=str)
 def test_bfloat16_is_at_the_floor_of_rounding_what_is_stored(activation, use_bias, batch, jit):
     arrays, x, dy = case(batch, use_bias)
     exact = oracle(arrays, x, dy, activation)

@@ -25,7 +25,7 @@ from toy.language_model import pure_functions
 import gemma_mlp
 from tests import reference
 
-pytestmark = pytest.mark.promotes
+pytestmark = [pytest.mark.promotes, pytest.mark.long]
 
 ROOT = Path(__file__).parents[1]
 ACTIVATION = {  # Shazeer's names, arXiv:2002.05202

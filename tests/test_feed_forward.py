@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 from bench.plain import plain
 
-from gemma_mlp import ACTIVATIONS, PRESETS, MLPConfig, MLPParams, feed_forward, hidden_activations
+from gemma_mlp import PRESETS, MLPConfig, MLPParams, feed_forward, hidden_activations
 from gemma_mlp.kernels import xla
 from tests import reference, samples
 from tests.comparison import (
+    CASES,
     EMBED_DIM,
     FLOAT32_BOUND,
     FLOOR_FACTOR,
@@ -25,11 +26,6 @@ from tests.comparison import (
     run,
 )
 from tests.reference import relative_error
-
-# Every activation with and without biases, and every shape compiled or not: that much is independent.
-CASES = [(activation, use_bias, (2, 3), True) for activation in sorted(ACTIVATIONS) for use_bias in (False, True)]
-CASES += [("gelu_tanh", True, batch, jit) for batch in samples.BATCHES for jit in (False, True) if batch != (2, 3)]
-CASES += [("gelu_tanh", True, (2, 3), False)]
 
 
 @pytest.mark.parametrize("save", [*SAVES, "autodiff"])

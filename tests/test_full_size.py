@@ -11,7 +11,10 @@ ENVIRONMENT = {
     "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
     "MALLOC_MMAP_THRESHOLD_": "1000000",  # glibc gives back what is freed: the peak is of what is in use
 }
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="resident memory is read from /proc")
+pytestmark = [
+    pytest.mark.skipif(sys.platform != "linux", reason="resident memory is read from /proc"),
+    pytest.mark.long,
+]
 
 
 @pytest.fixture(scope="module")

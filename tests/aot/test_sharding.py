@@ -16,7 +16,13 @@ from gemma_mlp import MLPParams, aot, sharding
 POD = "tpu v5e:16x16"
 
 
-def compiled(target, fsdp, tensor, rules, *, gradient, chunk_size=None):
+def total(layer):
+    """Of the sum of y."""
+    return jax.grad(lambda params, x: layer(params, x).astype("float32").sum(), argnums=(0, 1))
+
+
+def compiled(target, fsdp, tensor, rules, gradient=None, *, chunk_size=None):
+    """One layer or its `gradient`, which is :func:`total` or, of a given dy, `bench.memory.one`."""
     mesh = Mesh(np.array(aot.devices(target)).reshape(1, fsdp, tensor), ("data", "fsdp", "tensor"))
     settings = dataclasses.replace(config("gemma2_27b", chunk_size=chunk_size), axis_rules=rules)
     specs = MLPParams.specs(settings)
@@ -31,13 +37,13 @@ def compiled(target, fsdp, tensor, rules, *, gradient, chunk_size=None):
     )
     x = jax.ShapeDtypeStruct(shape, "bfloat16", sharding=stream)
 
-    def placed_gradient(params, x, dy):
-        return jax.lax.with_sharding_constraint(one(apply(settings))(params, x, dy), (weights, stream))
+    def placed_gradient(*args):
+        return jax.lax.with_sharding_constraint(gradient(apply(settings))(*args), (weights, stream))
 
     with jax.set_mesh(mesh):
-        if gradient:
-            return aot.compile_for(target, placed_gradient, params, x, x)
-        return aot.compile_for(target, apply(settings), params, x)
+        if gradient is None:
+            return aot.compile_for(target, apply(settings), params, x)
+        return aot.compile_for(target, placed_gradient, params, x, *([x] if gradient is one else []))
 
 
 def gathers(program):
@@ -49,16 +55,16 @@ STREAM = 8192 * 4608 * 2  # of a row's sequence
 
 
 def test_forward_is_one_all_reduce_over_tensor_and_gathers_no_weight_over_it():
-    program = compiled(POD, 16, 16, sharding.RULES, gradient=False)
+    program = compiled(POD, 16, 16, sharding.RULES)
     reduces = [collective.bytes for collective in program.collectives if collective.kind == "all-reduce"]
     assert reduces == [STREAM]
     assert max(gathers(program)) <= SHARD
 
 
-@pytest.mark.parametrize(("chunk_size", "bound"), [(None, 376), (4096, 300)])
-def test_sequence_parallel_gradient(chunk_size, bound):
-    """374.5 and 295.8 MiB measured."""
-    program = compiled(POD, 16, 16, sharding.SEQUENCE_PARALLEL_RULES, gradient=True, chunk_size=chunk_size)
+@pytest.mark.parametrize(("chunk_size", "gradient", "bound"), [(None, total, 360), (None, one, 376), (4096, one, 360)])
+def test_sequence_parallel_gradient(chunk_size, gradient, bound):
+    """321.5, 374.5 and 295.8 MiB measured: where dy comes from outside, it is in memory twice while it is gathered."""
+    program = compiled(POD, 16, 16, sharding.SEQUENCE_PARALLEL_RULES, gradient, chunk_size=chunk_size)
     assert program.temp_bytes <= bound * MIB
     assert set(gathers(program)) - {STREAM} and max(set(gathers(program)) - {STREAM}) <= SHARD
 
@@ -66,11 +72,11 @@ def test_sequence_parallel_gradient(chunk_size, bound):
 @pytest.mark.parametrize(("fsdp", "tensor"), [(32, 16), (64, 8)])
 def test_sequence_parallel_gradient_on_512_chips(fsdp, tensor):
     """373.5 and 481.9 MiB measured."""
-    program = compiled("tpu v5p:8x8x8", fsdp, tensor, sharding.SEQUENCE_PARALLEL_RULES, gradient=True)
+    program = compiled("tpu v5p:8x8x8", fsdp, tensor, sharding.SEQUENCE_PARALLEL_RULES, one)
     assert program.temp_bytes <= 520 * MIB
 
 
 def test_a_chunked_forward_keeps_a_chunk():
     """6.5 MiB measured: a quarter of [T, F] on a column is 9, and what is next to come is not kept."""
-    program = compiled(POD, 16, 16, sharding.RULES, gradient=False, chunk_size=2048)
+    program = compiled(POD, 16, 16, sharding.RULES, chunk_size=2048)
     assert program.temp_bytes <= 8192 * 36864 // 16 * 2 / 4
