@@ -33,8 +33,8 @@ def mlp_block(
 
     Gemma 1 has no post_norm. Norms and sum are float32; the residual stream keeps the dtype of x.
 
-    JAX differentiates the norms, for which it keeps several float32 [*B, D]; in a deep stack put `jax.checkpoint` around
-    the block, which leaves x alone.
+    JAX differentiates the norms, for which it keeps several float32 [*B, D]; in a deep stack put `jax.checkpoint`
+    around the block, which leaves x alone.
 
     Args:
       params: as `MLPBlockParams.init(config, key)` makes them.
