@@ -14,10 +14,11 @@ from pathlib import Path
 
 import jax
 from absl import app, flags, logging
+from meshes import parse
 from ml_collections import config_flags
 from planning import chips
 from planning.attempts import attempt
-from planning.search import cases, meshes, nothing_fits, parse_mesh, ranked, search
+from planning.search import cases, meshes, nothing_fits, ranked, search
 from planning.stack import LAYERS, PROGRAMS, SAVES, Case
 from tqdm import tqdm
 
@@ -71,7 +72,7 @@ def main(argv):
 
 def ladders_of(config, count):
     """The cases to try, as :func:`search` takes them; without --search one."""
-    chosen = [parse_mesh(mesh) for mesh in (config.meshes if SEARCH.value else (config.mesh,))]
+    chosen = [parse(mesh) for mesh in (config.meshes if SEARCH.value else (config.mesh,))]
     for data, fsdp, tensor in chosen:
         rule = f"A mesh of {config.target} has {count} devices."
         require(data * fsdp * tensor == count, rule, f"{data} x {fsdp} x {tensor}", "change the mesh or the target.")

@@ -9,6 +9,12 @@ import pytest
 jax.config.update("jax_num_cpu_devices", 8)
 
 
+@pytest.fixture
+def eight_devices():
+    if jax.device_count() != 8:
+        pytest.skip(f"takes eight devices, as a CPU counts here; there are {jax.device_count()}")
+
+
 @pytest.fixture(autouse=True)
 def strict_jax(request):
     with jax.default_matmul_precision("highest"):

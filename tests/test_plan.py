@@ -6,9 +6,10 @@ import sys
 from pathlib import Path
 
 import jax
+import meshes
 import pytest
 from planning import attempts, chips, search
-from planning.stack import AXES, LAYERS, SAVES, Case, build
+from planning.stack import LAYERS, SAVES, Case, build
 
 from gemma_mlp.hlo import Collective
 
@@ -82,7 +83,7 @@ def count_products(jaxpr):
 @pytest.mark.promotes  # optax does
 @pytest.mark.parametrize("save", SAVES)
 def test_a_step_has_the_products_that_are_counted(save):
-    mesh = jax.make_mesh((1, 1, 1), AXES, (jax.sharding.AxisType.Auto,) * 3, devices=jax.devices("cpu")[:1])
+    mesh = jax.make_mesh((1, 1, 1), meshes.AXES, (jax.sharding.AxisType.Auto,) * 3, devices=jax.devices("cpu")[:1])
     for program, products in {"train": SAVES[save].products, "forward": 3}.items():
         step, arguments, _ = build(case("gemma3_270m", program, (1, 1, 1), 64, save), mesh)
         assert count_products(jax.make_jaxpr(step)(*arguments).jaxpr) == products
@@ -175,10 +176,11 @@ class TestSearch:
         )
 
     def test_a_mesh_in_words(self):
-        assert search.parse_mesh("data=2,fsdp=16,tensor=8") == (2, 16, 8)
-        for text in ("", "fsdp=16", "data=0,fsdp=1,tensor=1", "fsdp=1,data=1,tensor=1"):
-            with pytest.raises(ValueError, match=r"A mesh has sizes of data, fsdp and tensor\. Received: "):
-                search.parse_mesh(text)
+        assert meshes.parse("data=2,fsdp=16,tensor=8") == (2, 16, 8)
+        assert meshes.parse("tensor=8, fsdp=16") == (1, 16, 8)
+        for text in ("", "8", "data=0,fsdp=1", "fsdp=-8", "fsdp=2,fsdp=4", "fsdp=2,rows=4"):
+            with pytest.raises(ValueError, match=r"A mesh is of the form data=1,fsdp=2,tensor=4\. Received: "):
+                meshes.parse(text)
 
 
 class TestByThisMachinesCompiler:
@@ -192,7 +194,7 @@ class TestByThisMachinesCompiler:
     @pytest.mark.promotes  # optax does
     def test_a_training_step(self):
         row = self.attempt()
-        assert row["mesh"] == dict(zip(AXES, (2, 2, 2))) and row["layers"] == 18 and row["tokens"] == 4 * 16
+        assert row["mesh"] == dict(zip(meshes.AXES, (2, 2, 2))) and row["layers"] == 18 and row["tokens"] == 4 * 16
         weights, norms = 18 * 3 * 640 * 2048 // 4, 18 * 2 * 640 // 2  # weights over fsdp and tensor, norms over fsdp
         state = 3 * 4 * (weights + norms) + 4  # parameters and AdamW's two moments in float32, and its count
         assert row["bytes"]["arguments"] == state + 16 * 640 * 2 // 2  # a row's sequence, its length over tensor

@@ -10,6 +10,7 @@ BLOCKS = re.findall(r"^```python\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
 
 
 @pytest.mark.promotes
+@pytest.mark.usefixtures("eight_devices")
 def test_python_blocks_run():
     assert len(BLOCKS) >= 4
     session = {}

@@ -7,11 +7,12 @@ from typing import Any
 import jax
 import numpy as np
 from jax.sharding import Mesh
+from meshes import AXES
 
 from gemma_mlp import aot
 from gemma_mlp.hlo import Collective
 from planning.chips import Chip
-from planning.stack import AXES, LAYERS, Case, build
+from planning.stack import LAYERS, Case, build
 
 UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}  # XLA's, in its errors
 

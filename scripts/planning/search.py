@@ -1,23 +1,11 @@
 """Which meshes, rules and save policies to try, and which of those that fit is best."""
 
 import itertools
-import re
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from gemma_mlp import PRESETS
-from gemma_mlp.checks import require
-from planning.stack import AXES, SAVES, Case
-
-
-def parse_mesh(text: str) -> tuple[int, int, int]:
-    """The sizes in "data=1,fsdp=16,tensor=16"."""
-    pattern = ",".join(rf"{axis}=([1-9]\d*)" for axis in AXES)
-    found = re.fullmatch(pattern, text)
-    require(found is not None, "A mesh has sizes of data, fsdp and tensor.", repr(text), '"data=1,fsdp=16,tensor=16".')
-    assert found is not None
-    data, fsdp, tensor = map(int, found.groups())
-    return data, fsdp, tensor
+from planning.stack import SAVES, Case
 
 
 def meshes(count: int, preset: str, tokens: int) -> list[tuple[int, int, int]]:

@@ -7,13 +7,13 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import meshes
 import optax
 from jax.sharding import Mesh
 
 from gemma_mlp import PRESETS, MLPBlockParams, MLPConfig, mlp_block, sharding
 from gemma_mlp.params import ParamSpec
 
-AXES = ("data", "fsdp", "tensor")
 PROGRAMS = ("train", "forward")
 
 LAYERS = {
@@ -83,7 +83,7 @@ class Case:
         return 2 * weight * products * LAYERS[self.preset] * self.tokens // self.mesh[2]
 
     def __str__(self):
-        mesh = ",".join(f"{axis}={size}" for axis, size in zip(AXES, self.mesh))
+        mesh = ",".join(f"{axis}={size}" for axis, size in zip(meshes.AXES, self.mesh))
         return f"mesh={mesh} sequence_parallel={self.sequence_parallel} save={self.save}"
 
 

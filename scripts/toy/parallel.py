@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import jax
+import meshes
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
@@ -16,7 +17,6 @@ from gemma_mlp import sharding
 from gemma_mlp.checks import require
 
 HEARTBEAT_SECONDS = 20  # without a word from a process, after which JAX ends the others that wait for it
-AXES = ("data", "fsdp", "tensor")
 RULES: sharding.Rules = (*sharding.RULES, ("heads", "tensor"), ("vocabulary", None))
 
 
@@ -42,18 +42,18 @@ def make_mesh(text: str) -> Mesh | None:
     Raises:
       ValueError: if the text is not of this form, or its sizes do not make up the devices there are.
     """
-    fix = 'name some of data, fsdp and tensor with sizes that multiply to the devices, as "fsdp=2,tensor=4".'
     if not text:
+        fix = 'pass --config.mesh="data=1,fsdp=2,tensor=2" or the like.'
         require(jax.process_count() == 1, "Several processes need a config.mesh.", "none", fix)
         return None
-    parts = [part.partition("=") for part in text.split(",")]
-    sizes = {name.strip(): int(size) for name, _, size in parts if size.strip().isdecimal()}
-    rule = "config.mesh is of the form data=1,fsdp=2,tensor=2."
-    require(len(sizes) == len(parts) and set(sizes) <= set(AXES), rule, repr(text), fix)
-    shape = tuple(sizes.get(axis, 1) for axis in AXES)
-    count = jax.device_count()
-    require(math.prod(shape) == count, f"The mesh has as many places as devices, {count}.", repr(text), fix)
-    return jax.make_mesh(shape, AXES, (AxisType.Auto,) * len(AXES))
+    shape = meshes.parse(text)
+    require(
+        math.prod(shape) == jax.device_count(),
+        f"The mesh has as many places as devices, {jax.device_count()}.",
+        repr(text),
+        "change --config.mesh.",
+    )
+    return jax.make_mesh(shape, meshes.AXES, (AxisType.Auto,) * len(shape))
 
 
 class Placement(NamedTuple):
