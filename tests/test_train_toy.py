@@ -58,6 +58,13 @@ def text(tmp_path_factory):
     return path
 
 
+@pytest.fixture(scope="module")
+def finished(text, tmp_path_factory):
+    """The folder and the summary of a finished run."""
+    workdir = tmp_path_factory.mktemp("finished")
+    return workdir, train(config(workdir, text))
+
+
 def metrics(workdir):
     return records.read_metrics(Path(workdir) / "metrics.jsonl")
 
@@ -127,6 +134,7 @@ def test_the_model_is_causal():
     assert same[:9].all() and not same[9:].any()
 
 
+@pytest.mark.long
 def test_killed_and_continued_gives_exactly_the_numbers_of_an_uninterrupted_run(text, tmp_path):
     steps = 400
     flags = {**SMALL, "steps": steps, "checkpoint_every": 20, "data": text}
@@ -155,25 +163,25 @@ def test_killed_and_continued_gives_exactly_the_numbers_of_an_uninterrupted_run(
         np.testing.assert_array_equal(a, b)
 
 
-def test_a_finished_run_is_not_trained_further(text, tmp_path):
-    first = train(config(tmp_path, text))
-    before = metrics(tmp_path)
-    second = train(config(tmp_path, text))
+def test_a_finished_run_is_not_trained_further(text, finished):
+    workdir, first = finished
+    before = metrics(workdir)
+    second = train(config(workdir, text))
     assert second["continued_from_step"] == SMALL["steps"]
     assert second["heldout_bits_per_byte"] == first["heldout_bits_per_byte"]
-    assert metrics(tmp_path) == before
+    assert metrics(workdir) == before
 
 
-def test_a_folder_of_another_run_is_refused_and_left_alone(text, tmp_path):
-    train(config(tmp_path, text))
-    before = metrics(tmp_path)
+def test_a_folder_of_another_run_is_refused_and_left_alone(text, finished, tmp_path):
+    workdir, _ = finished
+    before = metrics(workdir)
     with pytest.raises(ValueError, match=r"seed was 0 and is 1.*--config.workdir"):
-        train(config(tmp_path, text, seed=1))
+        train(config(workdir, text, seed=1))
     other = tmp_path / "other.txt"
     other.write_bytes(text.read_bytes()[::-1])
     with pytest.raises(ValueError, match="corpus_sha256"):
-        train(config(tmp_path, other))
-    assert metrics(tmp_path) == before
+        train(config(workdir, other))
+    assert metrics(workdir) == before
 
 
 def test_a_loss_that_is_not_finite_ends_the_run_without_a_checkpoint(text, tmp_path):
@@ -192,10 +200,9 @@ def test_the_way_out_of_a_bad_loss_works_in_the_same_folder(text, tmp_path):
         train(config(tmp_path, text, learning_rate=1e30, check_values=True))
 
 
-def test_value_checks_change_nothing_but_cost(text, tmp_path):
-    plain = train(config(tmp_path / "plain", text))
-    checked = train(config(tmp_path / "checked", text, check_values=True))
-    assert checked["heldout_bits_per_byte"] == pytest.approx(plain["heldout_bits_per_byte"], rel=1e-5)
+def test_value_checks_change_nothing_but_cost(text, finished, tmp_path):
+    checked = train(config(tmp_path, text, check_values=True))
+    assert checked["heldout_bits_per_byte"] == pytest.approx(finished[1]["heldout_bits_per_byte"], rel=1e-5)
 
 
 @pytest.mark.parametrize(
