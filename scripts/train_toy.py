@@ -34,8 +34,9 @@ def main(argv):
     logging.set_verbosity(logging.WARNING)  # JAX and Orbax tell of much at INFO
     if len(argv) > 1:
         raise app.UsageError(f"Unknown arguments: {argv[1:]}")
-    if DISTRIBUTED.value or ADDRESS.value:
-        parallel.join(ADDRESS.value, NUM_PROCESSES.value, PROCESS_ID.value)
+    who = (ADDRESS.value, NUM_PROCESSES.value, PROCESS_ID.value)
+    if DISTRIBUTED.value or any(part is not None for part in who):
+        parallel.join(*who)
     config = RunConfig(**CONFIG.value)
     summary = train(config)
     if not parallel.is_first():

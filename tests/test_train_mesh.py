@@ -105,6 +105,12 @@ def test_one_process_on_a_mesh(api, options, alone, text, tmp_path):
     assert spread["heldout_bits_per_byte"] == pytest.approx(alone[60, "heldout_bits_per_byte"], rel=ROUNDING)
 
 
+def test_one_of_several_does_not_run_alone_for_want_of_an_address():
+    command = [sys.executable, str(ROOT / "scripts" / "train_toy.py"), "--num_processes=2", "--process_id=0"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode != 0 and "coordinator_address should be defined" in done.stderr
+
+
 def test_a_process_reads_the_rows_of_its_own_devices():
     read = []
 

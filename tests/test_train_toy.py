@@ -1,6 +1,5 @@
 """The training script: it learns, it continues exactly, it refuses what would lose or mix runs."""
 
-import importlib.util
 import json
 import os
 import signal
@@ -18,6 +17,8 @@ from tensorboardX.proto import event_pb2
 from toy import data, language_model, records, yardsticks
 from toy.run_config import RunConfig
 from toy.training import train
+
+from tests.configs import get_config
 
 pytestmark = pytest.mark.promotes
 
@@ -37,16 +38,8 @@ SMALL = {
 }
 
 
-def tiny_config():
-    spec = importlib.util.spec_from_file_location("tiny", ROOT / "configs" / "tiny.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.get_config()
-
-
 def config(workdir, text, **overrides):
-    values = tiny_config()
+    values = get_config("tiny")
     values.update(SMALL | {"workdir": str(workdir), "data": str(text)} | overrides)
     return RunConfig(**values)
 
