@@ -4,6 +4,7 @@ TPUs need `libtpu`; the H200 needs `jax-cuda13-plugin` and `jax-cuda13-pjrt` of 
 extra; no chip, driver or CUDA library is needed. Set JAX_PLATFORMS=cpu before JAX starts, or JAX looks for the chips.
 """
 
+import contextlib
 import functools
 import os
 import re
@@ -102,15 +103,17 @@ def compile_for(
       ValueError: if there is no such target.
       ImportError: if its compiler is not installed, or not in JAX's version.
     """
-    one_chip = jax.sharding.NamedSharding(
-        jax.sharding.Mesh([devices(target)[0]], ("chip",)), jax.sharding.PartitionSpec()
-    )
+    chip = jax.sharding.Mesh([devices(target)[0]], ("chip",))
+    one_chip = jax.sharding.NamedSharding(chip, jax.sharding.PartitionSpec())
 
     def abstract(leaf):
         sharding = leaf.sharding if isinstance(leaf, jax.ShapeDtypeStruct) and leaf.sharding is not None else one_chip
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
-    lowered = jax.jit(function, donate_argnums=donate_argnums).lower(*jax.tree.map(abstract, args))
+    # Kernels learn their device from the mesh in force.
+    alone = jax.sharding.get_abstract_mesh().empty
+    with jax.set_mesh(chip) if alone else contextlib.nullcontext():
+        lowered = jax.jit(function, donate_argnums=donate_argnums).lower(*jax.tree.map(abstract, args))
     compiled = lowered.compile(compiler_options=compiler_options)
     memory, cost, text = compiled.memory_analysis(), compiled.cost_analysis(), compiled.as_text()
     assert memory is not None  # both compilers give both

@@ -16,7 +16,14 @@ def mlp(
     params: MLPParams, x: Float[Array, "*B D"], config: MLPConfig, *, dropout_key: Key[Array, ""] | None = None
 ) -> Float[Array, "*B D"]:
     """:func:`gemma_mlp.feed_forward` with the options of `config`; without a `dropout_key`, dropout is off."""
-    return feed_forward(params, x, save=config.save, chunk_size=config.chunk_size, **_options(config, dropout_key))
+    return feed_forward(
+        params,
+        x,
+        save=config.save,
+        chunk_size=config.chunk_size,
+        implementation=config.implementation,
+        **_options(config, dropout_key),
+    )
 
 
 def mlp_hidden(

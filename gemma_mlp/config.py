@@ -12,6 +12,7 @@ from gemma_mlp.checks import require
 from gemma_mlp.dtypes import dtype_name
 
 Save = Literal["input", "gate_up", "autodiff"]
+Implementation = Literal["xla", "pallas"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,6 +34,7 @@ class MLPConfig:
       save: what the backward pass keeps; see :func:`gemma_mlp.feed_forward`.
       chunk_size: positions at a time, so that no [T, F] array exists; None: all; see the same.
       axis_rules: which mesh axes each logical axis is split over; None: XLA decides; see the same.
+      implementation: whose products: `xla`, or the kernels of `pallas`; None: the fastest known; see the same.
 
     Raises:
       ValueError: at construction, for any value outside what is said here.
@@ -50,6 +52,7 @@ class MLPConfig:
     save: Save = "input"
     chunk_size: int | None = None
     axis_rules: Rules | None = None
+    implementation: Implementation | None = None
 
     def __post_init__(self):
         for name in ("embed_dim", "hidden_dim"):
@@ -64,6 +67,7 @@ class MLPConfig:
             object.__setattr__(self, "chunk_size", positive_int("chunk_size", self.chunk_size))
         if self.axis_rules is not None:
             require_rules(self.axis_rules)
+        require_implementation(self.implementation)
         require(
             is_real(self.norm_eps) and self.norm_eps > 0,
             "norm_eps is a positive finite number.",
@@ -90,6 +94,11 @@ def is_real(value: Any) -> bool:
 def require_choice(name: str, value: Any, choices: Any) -> None:
     known = isinstance(value, str) and value in choices
     require(known, f"{name} is one of {', '.join(choices)}.", repr(value), "use one of these names.")
+
+
+def require_implementation(value: Any) -> None:
+    if value is not None:
+        require_choice("implementation", value, get_args(Implementation))
 
 
 def require_dropout_rate(rate: Any) -> None:

@@ -10,9 +10,16 @@ from jaxtyping import Array, Float, Key
 from gemma_mlp.activations import ACTIVATIONS, Activation
 from gemma_mlp.axes import Rules, mesh_axes, placed_automatically, require_rules, spec_of
 from gemma_mlp.checks import describe, ensure_finite, explained, require
-from gemma_mlp.config import Save, positive_int, require_choice, require_dropout_rate
+from gemma_mlp.config import (
+    Implementation,
+    Save,
+    positive_int,
+    require_choice,
+    require_dropout_rate,
+    require_implementation,
+)
 from gemma_mlp.dtypes import compute_dtype
-from gemma_mlp.kernels import xla
+from gemma_mlp.kernels import pallas, xla
 from gemma_mlp.params import MLPParams
 
 
@@ -27,6 +34,7 @@ def feed_forward(
     save: Save = "input",
     chunk_size: int | None = None,
     axis_rules: Rules | None = None,
+    implementation: Implementation | None = None,
 ) -> Float[Array, "*B D"]:
     """y = dropout(activation(x W_gate + b_gate) * (x W_up + b_up)) W_down + b_down.
 
@@ -61,15 +69,22 @@ def feed_forward(
       axis_rules: which axes of the mesh in force (`jax.set_mesh`) each logical axis is split over, to hold XLA to it:
         `gemma_mlp.sharding.RULES` or the like. The first axis of x is `batch`, the second last of three or more
         `length`. None, or no mesh: XLA decides.
+      implementation: `xla`: XLA's products, on every backend. `pallas`: the kernels of the device compiled for (the
+        mesh's in force, or JAX's default); see :mod:`gemma_mlp.kernels.pallas_tpu` and `pallas_gpu`. Gate, up and
+        the gradient of h are not rounded where a kernel has them. On a TPU no [*B, F] is made forward, so that there
+        is no `mlp_hidden` to save and chunk_size is of use backward alone. None: the fastest known, which is `xla`
+        until a kernel has been measured on hardware.
 
     Returns:
       y, [*B, D], in the compute dtype.
 
     Raises:
-      ValueError: if shapes do not fit together, a dtype is not supported, or an option is not one of those
-        named.
+      ValueError: if shapes do not fit together, a dtype is not supported, an option is not one of those named, or
+        `pallas` has no kernel for the device or the case.
     """
-    op = _checked_op(params, x, activation, dtype, dropout_rate, dropout_key, save, chunk_size, axis_rules)
+    op = _checked_op(
+        params, x, activation, dtype, dropout_rate, dropout_key, save, chunk_size, axis_rules, implementation
+    )
     params, x = ensure_finite("params", params), ensure_finite("x", x)
     run = placed_automatically(functools.partial(xla.feed_forward, op), lambda params, x, key: spec_of(x))
     return ensure_finite("y", run(params, x, dropout_key))
@@ -87,12 +102,12 @@ def hidden_activations(
 ) -> Float[Array, "*B F"]:
     """h = dropout(activation(x W_gate + b_gate) * (x W_up + b_up)): what :func:`feed_forward` projects down.
 
-    For those who study it: arguments and errors are those of :func:`feed_forward`.
+    For those who study it, in XLA's products: arguments and errors are those of :func:`feed_forward`.
 
     Returns:
       h, [*B, F], in the compute dtype.
     """
-    op = _checked_op(params, x, activation, dtype, dropout_rate, dropout_key, "autodiff", None, axis_rules)
+    op = _checked_op(params, x, activation, dtype, dropout_rate, dropout_key, "autodiff", None, axis_rules, "xla")
     return placed_automatically(functools.partial(xla.hidden, op), _hidden_spec)(params, x, dropout_key)
 
 
@@ -103,7 +118,7 @@ def _hidden_spec(params, x, dropout_key) -> PartitionSpec:
     return PartitionSpec(*lead, hidden_axes)
 
 
-def _checked_op(params, x, activation, dtype, dropout_rate, dropout_key, save, chunk_size, axis_rules) -> xla.Op:
+def _checked_op(params, x, activation, dtype, dropout_rate, dropout_key, save, chunk_size, axis_rules, implementation):
     require_choice("activation", activation, ACTIVATIONS)
     require_choice("save", save, get_args(Save))
     require_dropout_rate(dropout_rate)
@@ -125,7 +140,11 @@ def _checked_op(params, x, activation, dtype, dropout_rate, dropout_key, save, c
         f"dropout_rate {dropout_rate} and no dropout_key",
         "pass a dropout_key in training, dropout_rate=0 at evaluation.",
     )
-    return xla.Op(activation, dtype, dropout_rate, save, chunk_size, axis_rules)
+    require_implementation(implementation)
+    kernels = None
+    if implementation == "pallas" and x.size:
+        kernels = pallas.choose(params, dtype, activation, dropout_rate, save, axis_rules)
+    return xla.Op(activation, dtype, dropout_rate, save, chunk_size, axis_rules, kernels)
 
 
 def _check_shapes(arrays: dict[str, Any], x: Any) -> None:

@@ -84,12 +84,15 @@ def collectives(text: str) -> tuple[Collective, ...]:
     """The transfers between chips, in the order in which they run; an asynchronous one counts once, at its start.
 
     Both branches of a conditional count. What the TPU's compiler spreads over fusions, some of them inside of loops
-    that run meanwhile, has one channel, and counts once, where it runs least.
+    that run meanwhile, has one channel, and counts once, where it runs least. (Those that a program asks for itself, in
+    `jax.shard_map`, all have channel 1.)
     """
     program = _Program(text)
+    transfers = list(program.transfers(program.entry, 1, None))
+    spread = {channel for channel, fused, _ in transfers if fused}
     found: dict[Any, Collective] = {}
-    for position, (channel, each) in enumerate(program.transfers(program.entry, 1, None)):
-        key = position if channel is None else channel
+    for position, (channel, _, each) in enumerate(transfers):
+        key = channel if channel in spread and channel is not None else position
         found[key] = min(found.get(key, each), each, key=lambda each: math.inf if each.times is None else each.times)
     return tuple(found.values())
 
@@ -111,23 +114,26 @@ class _Program:
                     self.roots[name] = instruction
         require(bool(self.entry), "A program's HLO text has an ENTRY.", repr(text[:80]), "pass compiled.as_text().")
 
-    def transfers(self, name: str, times: int | None, call: Call | None) -> Iterator[tuple[str | None, Collective]]:
-        """Those of one computation, which runs `times` times, each with its channel."""
+    def transfers(
+        self, name: str, times: int | None, call: Call | None, fused: bool = False
+    ) -> Iterator[tuple[str | None, bool, Collective]]:
+        """Those of one computation, which runs `times` times, each with its channel and whether it is in a fusion."""
         for instruction in self.computations[name].values():
             kind = instruction.opcode.removesuffix("-start")
             if instruction.opcode == "while":
                 trips = self.trips(self.computations[name], instruction, call)
                 inner = None if times is None or trips is None else times * trips
                 body = instruction.computation("body")
-                yield from self.transfers(body, inner, Call(self.computations[name], instruction, call))
+                yield from self.transfers(body, inner, Call(self.computations[name], instruction, call), fused)
             elif kind in COLLECTIVES:
                 channel = re.search(r"channel_id=(\d+)", instruction.rest)
                 each = Collective(kind, _result_bytes(instruction), _groups(instruction.rest), times)
-                yield channel and channel[0], each
+                yield channel and channel[0], fused, each
             else:
+                inside = fused or instruction.opcode == "fusion"
                 for called in _called(instruction):
-                    for channel, each in self.transfers(called, times, call):
-                        yield channel, _scattered(each, instruction) if called.startswith(SCATTER) else each
+                    for channel, within, each in self.transfers(called, times, call, inside):
+                        yield channel, within, _scattered(each, instruction) if called.startswith(SCATTER) else each
 
     def trips(self, computation: Computation, loop: Instruction, call: Call | None) -> int | None:
         """How often a loop runs: as the compiler says, or as its counter's start, step and bound give it."""

@@ -52,7 +52,12 @@ def main(argv):
 def time(config, report):
     preset = PRESETS[config.preset]
     peer = "torch" if all(map(importlib.util.find_spec, ("torch", "transformers"))) else None
-    contestants = ("ours", "input", "gate_up", "plain", *([peer] if peer else []))
+    refusals = {dtype: timing.kernels_refuse(preset, dtype, 1) for dtype in config.dtypes}
+    kernels = ["pallas"] if None in refusals.values() else []
+    contestants = ("ours", "input", "gate_up", "plain", *kernels, *([peer] if peer else []))
+    for dtype, reason in refusals.items():
+        if reason is not None:
+            print(f"\nThe kernels are left out in {dtype}: {reason}")
     print("\nMilliseconds of the bare products, and the others as ratios to them" + ("" if peer else PEER_MISSING))
     print(row("dtype", "pass", "tokens", "products", *contestants, "TFLOP/s", "GB/s"))
     report["ceiling"] = {dtype: timing.ceiling(dtype, config.rounds) for dtype in config.dtypes}
@@ -99,9 +104,10 @@ def stacks(config, _):
     print(row("stack", "layer", "chunk_size", *compilers))
     sizes = {"tokens": config.memory_tokens, "layers": config.layers, "chunk_size": config.chunk_size}
     rows = []
-    for measured in tqdm(memory.measure(config.preset, compilers, **sizes), total=15, leave=False):
+    for measured in tqdm(memory.measure(config.preset, compilers, **sizes), leave=False):
         rows.append(measured)
-        numbers = ("too large" if measured[name] is None else f"{measured[name]:.0f}" for name in compilers)
+        found = (measured.get(name, "") for name in compilers)
+        numbers = ("too large" if number is None else f"{number:.0f}" if number != "" else "" for number in found)
         tqdm.write(row(measured["stack"], measured["layer"], measured["chunk_size"] or "", *numbers))
     return rows
 

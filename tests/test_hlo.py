@@ -34,6 +34,16 @@ def test_kinds_and_bytes():
     )
 
 
+def test_those_that_a_program_asks_for_itself_share_a_channel():
+    text = """
+ENTRY %main (p0: bf16[8,16]) -> bf16[4,16] {
+  %one = bf16[4,16]{1,0} reduce-scatter(%p0), channel_id=1, replica_groups={{0,1}}
+  %two = bf16[4,16]{1,0} reduce-scatter(%p1), channel_id=1, replica_groups={{0,1}}
+}
+"""
+    assert hlo.collectives(text) == (Collective("reduce-scatter", 128, ((0, 1),)),) * 2
+
+
 # A loop of 5 turns around one of 4: its counter starts at a constant that the outer loop carries, goes up by 2 in two
 # additions, and ends at 9. The outer one's transfer of channel 7 is spread over fusions, one of them in the inner loop.
 LOOPS = """

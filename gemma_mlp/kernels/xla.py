@@ -24,6 +24,7 @@ from gemma_mlp.activations import ACTIVATIONS, Activation
 from gemma_mlp.axes import Rules, constrain, count_shards, token_axis
 from gemma_mlp.config import Save
 from gemma_mlp.dtypes import accumulation_dtype, widest
+from gemma_mlp.kernels import pallas
 from gemma_mlp.kernels.products import ceil_div, in_slices, multiply, outer
 from gemma_mlp.params import MLPParams
 
@@ -40,6 +41,7 @@ class Op(NamedTuple):
     save: Save
     chunk_size: int | None
     axis_rules: Rules | None = None
+    kernels: pallas.Kernels | None = None  # instead of XLA's products, where there is one
     on_cpu: bool = False
 
     @property
@@ -76,6 +78,8 @@ def _as_on_cpu(op, function, *args):
 
 def _by_platform(op, function, *args):
     """function(op, *args) as the platform that it is compiled for has it."""
+    if op.kernels is not None:
+        return function(op, *args)
     on_cpu, elsewhere = functools.partial(_as_on_cpu, op, function), functools.partial(function, op)
     return lax.platform_dependent(*args, cpu=on_cpu, default=elsewhere)
 
@@ -92,6 +96,11 @@ def _feed_forward_forward(op, params, x, dropout_key):
 
 def _feed_forward_backward(op, residuals, dy_BD):
     params, x, dropout_key, kept = residuals
+    if op.kernels == "tpu":
+        dparams, dx_BD = pallas.gradients(
+            params, x.astype(op.dtype), dy_BD.astype(op.dtype), activation=op.activation, rules=op.axis_rules
+        )
+        return dparams, dx_BD.astype(x.dtype), None
     mask = _mask(op, params, x, dropout_key)
     return *_by_platform(op, _gradients, params, x, mask, kept, dy_BD), None
 
@@ -102,12 +111,15 @@ _feed_forward.defvjp(_feed_forward_forward, _feed_forward_backward)
 def _forward(op, run, keep, params, x_BD, dropout_key):
     """y and, to `keep`, gate and up. `run` is how pieces are run: :func:`_by_platform` or :func:`_as_on_cpu`."""
     x_BD = _as_stream(op, x_BD)
+    if op.kernels == "tpu":
+        y_BD = pallas.feed_forward(params, x_BD.astype(op.dtype), activation=op.activation, rules=op.axis_rules)
+        return (checkpoint_name(_as_stream(op, y_BD), "mlp_out"),)
     mask_BF = _mask(op, params, x_BD, dropout_key)
 
     def compute(x_BD, mask_BF):
-        h_BF, *gate_up = run(op, _hidden, params, x_BD, mask_BF)
+        h_BF, *gate_up = run(op, functools.partial(_hidden, keep=keep), params, x_BD, mask_BF)
         h_BF = checkpoint_name(h_BF, "mlp_hidden")
-        return checkpoint_name(run(op, _down, params, h_BF), "mlp_out"), *(gate_up if keep else ())
+        return checkpoint_name(run(op, _down, params, h_BF), "mlp_out"), *gate_up
 
     if op.chunk_size is None or x_BD.ndim < 2 or x_BD.shape[-2] <= op.chunk_size:
         return compute(x_BD, mask_BF)
@@ -121,15 +133,19 @@ def _forward(op, run, keep, params, x_BD, dropout_key):
     return in_slices(x_BD.shape[-2] // tokens.shards, ceil_div(op.chunk_size, tokens.shards), chunk, results)
 
 
-def _hidden(op, params, x, mask_BF):
-    """h, gate and up, all in the compute dtype."""
+def _hidden(op, params, x, mask_BF, *, keep=False):
+    """h and, to `keep`, gate and up, all in the compute dtype."""
+    if op.kernels == "gpu":
+        x = x.astype(op.dtype)
+        return pallas.hidden(params, x, activation=op.activation, keep=keep, rules=op.axis_rules)
     gate_BF = _project(op, op.stored, x, params.gate_proj, params.gate_bias)
     up_BF = _project(op, op.stored, x, params.up_proj, params.up_bias)
     if op.save == "autodiff":  # else they are tagged where they are kept
         gate_BF, up_BF = checkpoint_name(gate_BF, "mlp_gate"), checkpoint_name(up_BF, "mlp_up")
     h_BF = _over_hidden(op, _gated(op, gate_BF.astype(op.wide), up_BF.astype(op.wide), mask_BF).astype(op.dtype))
     # Without the barrier gate and up both stay, for h to be computed inside the down projection.
-    return lax.optimization_barrier(h_BF), gate_BF.astype(op.dtype), up_BF.astype(op.dtype)
+    kept = (gate_BF.astype(op.dtype), up_BF.astype(op.dtype)) if keep else ()
+    return lax.optimization_barrier(h_BF), *kept
 
 
 def _mask(op, params, x_BD, dropout_key):
@@ -176,6 +192,20 @@ def _gradients(op, params, x_BD, mask_BF, kept, dy_BD):
 
 def _gradients_over_hidden(op, params, x_BD, mask_BF, kept, dy_BD) -> tuple[dict[str, Any], Array]:
     """The gradients of the parameters that F is an axis of, by name, and their share of x's, not yet rounded."""
+    h_BF, dgate_BF, dup_BF = _hidden_gradients(op, params, x_BD, mask_BF, kept, dy_BD)
+    dparams = {
+        "gate_proj": _outer(op, x_BD, dgate_BF, params.gate_proj),
+        "up_proj": _outer(op, x_BD, dup_BF, params.up_proj),
+        "down_proj": _outer(op, h_BF, dy_BD, params.down_proj),
+        "gate_bias": _total(dgate_BF, params.gate_bias),
+        "up_bias": _total(dup_BF, params.up_bias),
+    }
+    dx_BD = _multiply(op, op.wide, dgate_BF, params.gate_proj, transpose=True)
+    return dparams, _as_stream(op, dx_BD + _multiply(op, op.wide, dup_BF, params.up_proj, transpose=True))
+
+
+def _hidden_gradients(op, params, x_BD, mask_BF, kept, dy_BD):
+    """h and the gradients of gate and up, in the compute dtype."""
     dh_BF = _over_hidden(op, _multiply(op, op.stored, dy_BD, params.down_proj, transpose=True))
     # A 1 that the compiler does not know and has only after dh: without it an unrolled stack shares what is computed
     # again here with its forward pass, and so keeps it in memory. (Barriers around x, gate and up have them copied.)
@@ -192,16 +222,7 @@ def _gradients_over_hidden(op, params, x_BD, mask_BF, kept, dy_BD) -> tuple[dict
     gate_BF, up_BF, dh_BF = (a.astype(op.wide) for a in (gate_BF, up_BF, dh_BF))
     h_BF, pull_back = jax.vjp(lambda gate, up: _gated(op, gate, up, mask_BF), gate_BF, up_BF)
     # Without the barrier gate, up and dh all stay, for the operands of the products below to be computed inside them.
-    h_BF, dgate_BF, dup_BF = lax.optimization_barrier(tuple(a.astype(op.dtype) for a in (h_BF, *pull_back(dh_BF))))
-    dparams = {
-        "gate_proj": _outer(op, x_BD, dgate_BF, params.gate_proj),
-        "up_proj": _outer(op, x_BD, dup_BF, params.up_proj),
-        "down_proj": _outer(op, h_BF, dy_BD, params.down_proj),
-        "gate_bias": _total(dgate_BF, params.gate_bias),
-        "up_bias": _total(dup_BF, params.up_bias),
-    }
-    dx_BD = _multiply(op, op.wide, dgate_BF, params.gate_proj, transpose=True)
-    return dparams, _as_stream(op, dx_BD + _multiply(op, op.wide, dup_BF, params.up_proj, transpose=True))
+    return lax.optimization_barrier(tuple(a.astype(op.dtype) for a in (h_BF, *pull_back(dh_BF))))
 
 
 def _slice_size(op, x_BD, hidden_part):

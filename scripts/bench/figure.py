@@ -18,7 +18,7 @@ def draw(path: Path, report: dict) -> None:
     figure, axes = plt.subplots(1, count, figsize=(5 * count, 4.5), layout="constrained", squeeze=False)
     for (dtype, which), panel in zip(panels, axes[0]):
         rows = [row for row in report["time"] if (row["dtype"], row["pass"]) == (dtype, which)]
-        for name in (name for name in rows[0] if name in ("ours", "input", "gate_up", "plain", "torch")):
+        for name in (name for name in rows[0] if name in ("ours", "input", "gate_up", "plain", "pallas", "torch")):
             ratios = [row[name] / row["products"] for row in rows]
             panel.plot([row["tokens"] for row in rows], ratios, marker="o", label=name)
         panel.axhline(1, color="gray", linestyle="--", label="bare products")
@@ -32,7 +32,9 @@ def draw(path: Path, report: dict) -> None:
         for i, row in enumerate(memory):
             label = row["layer"] + (", chunked" if row["chunk_size"] else "")
             places = [place + i / (len(memory) + 1) for place in range(len(columns))]
-            panel.bar(places, [row[name] or 0 for name in columns], 1 / (len(memory) + 1), label=label, align="edge")
+            panel.bar(
+                places, [row.get(name) or 0 for name in columns], 1 / (len(memory) + 1), label=label, align="edge"
+            )
         panel.set_xticks([place + 0.4 for place in range(len(columns))], columns, rotation=20)
         panel.set(title="gradient of a scanned stack", ylabel="temporary memory, MiB")
         panel.legend()

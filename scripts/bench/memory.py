@@ -1,7 +1,7 @@
 """Temporary memory of the feed-forward's gradient, from the compilers themselves, in bfloat16.
 
 One layer, a stack under scan and an unrolled one. `plain` is the formula as JAX differentiates it, `remat` the same
-under `jax.checkpoint`.
+under `jax.checkpoint`, `pallas` the package's kernels.
 """
 
 import dataclasses
@@ -75,8 +75,10 @@ STACKS = {"one": one, "scanned": scanned, "unrolled": unrolled}
 
 @functools.cache
 def stack_bytes(target, stack, layer, preset, triton=None, *, tokens=TOKENS, layers=LAYERS, chunk_size=None):
-    """Temporary memory of the gradient of a stack of layers. `layer`: a save policy, "plain" or "remat"."""
-    settings = config(preset) if layer in OTHERS else config(preset, layer, chunk_size)
+    """Temporary memory of the gradient of a stack of layers. `layer`: a save policy, "plain", "remat" or "pallas"."""
+    settings = config(preset) if layer in OTHERS or layer == "pallas" else config(preset, layer, chunk_size)
+    if layer == "pallas":
+        settings = dataclasses.replace(settings, implementation="pallas")
     function = STACKS[stack](OTHERS.get(layer) or apply(settings))
     x = stream(settings, tokens)
     arguments = (params(settings), x, x) if stack == "one" else (params(settings, layers), x)
@@ -99,10 +101,13 @@ def compilers():
 def measure(preset, compilers, *, tokens, layers, chunk_size):
     """Yields a row for each stack of each layer: MiB by column, None where the program does not fit the chip."""
     cells = [("plain", None), ("remat", None), ("gate_up", None), ("input", None), ("input", chunk_size)]
+    kernels = {column: compiler for column, compiler in compilers.items() if compiler[0] != "cpu"}
+    if kernels:
+        cells.append(("pallas", None))
     for stack in STACKS:
         for layer, chunk in cells:
             row = {"stack": stack, "layer": layer, "chunk_size": chunk}
-            for column, (target, triton) in compilers.items():
+            for column, (target, triton) in (kernels if layer == "pallas" else compilers).items():
                 options = {"tokens": tokens, "layers": layers, "chunk_size": chunk}
                 try:
                     row[column] = stack_bytes(target, stack, layer, preset, triton, **options) / MIB

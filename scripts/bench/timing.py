@@ -32,15 +32,29 @@ def measure(config: gemma_mlp.MLPConfig, dtype: str, tokens: int, rounds: int):
         "gate_up": functools.partial(gemma_mlp.feed_forward, save="gate_up"),
         "plain": plain,
     }
+    if kernels_refuse(config, dtype, tokens) is None:
+        layers["pallas"] = functools.partial(gemma_mlp.feed_forward, implementation="pallas")
     torch_forward, torch_gradient = hugging_face(params, x, dy) or (None, None)
     forward, gradient = products(params, x)
 
     contestants = {"products": forward, "ours": jitted(layers["input"], params, x), "plain": jitted(plain, params, x)}
+    contestants |= {name: jitted(layer, params, x) for name, layer in layers.items() if name == "pallas"}
     yield {"pass": "forward", **race(contestants | named("torch", torch_forward), rounds)}
 
     contestants = {"products": gradient}
     contestants |= {name: jitted(value_and_gradient(layer), params, x, dy) for name, layer in layers.items()}
     yield {"pass": "gradient", **race(contestants | named("torch", torch_gradient), rounds)}
+
+
+def kernels_refuse(config: gemma_mlp.MLPConfig, dtype: str, tokens: int) -> str | None:
+    """Why `implementation="pallas"` does not serve a case on this device; None where it does."""
+    shapes = jax.eval_shape(lambda: gemma_mlp.MLPParams.init(config, jax.random.key(0)))
+    params = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), shapes)
+    x = jax.ShapeDtypeStruct((tokens, config.embed_dim), dtype)
+    try:
+        jax.eval_shape(functools.partial(gemma_mlp.feed_forward, implementation="pallas"), params, x)
+    except ValueError as error:
+        return str(error)
 
 
 def work(config: gemma_mlp.MLPConfig, dtype: str, tokens: int, which: str) -> tuple[int, int]:

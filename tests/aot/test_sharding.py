@@ -22,10 +22,11 @@ def total(layer):
     return jax.grad(lambda params, x: layer(params, x).astype("float32").sum(), argnums=(0, 1))
 
 
-def compiled(target, fsdp, tensor, rules, gradient=None, *, layer=None, chunk_size=None):
+def compiled(target, fsdp, tensor, rules, gradient=None, *, layer=None, chunk_size=None, implementation=None):
     """One layer, ours if none is given, or its `gradient`: :func:`total` or, of a given dy, `bench.memory.one`."""
     mesh = Mesh(np.array(aot.devices(target)).reshape(1, fsdp, tensor), ("data", "fsdp", "tensor"))
-    settings = dataclasses.replace(config("gemma2_27b", chunk_size=chunk_size), axis_rules=rules)
+    settings = config("gemma2_27b", chunk_size=chunk_size)
+    settings = dataclasses.replace(settings, axis_rules=rules, implementation=implementation)
     specs = MLPParams.specs(settings)
     weights = sharding.named_shardings(MLPParams(**specs), mesh, rules)
     shape = (fsdp, 8192, settings.embed_dim)

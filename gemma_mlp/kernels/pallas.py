@@ -1,0 +1,118 @@
+"""Which kernels an accelerator has, what they serve, and the feed-forward in their terms."""
+
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from jax.extend import backend
+from jaxtyping import Array, Float
+
+from gemma_mlp.activations import Activation
+from gemma_mlp.axes import Rules
+from gemma_mlp.checks import require
+from gemma_mlp.kernels import pallas_tpu, pallas_tpu_gradients
+from gemma_mlp.kernels.split import Split, mesh_to_split
+from gemma_mlp.params import MLPParams
+
+Kernels = Literal["tpu", "gpu"]
+
+
+def choose(
+    params: MLPParams, dtype: Any, activation: Activation, dropout_rate: float, save: str, rules: Rules | None
+) -> Kernels:
+    """The kernels of the device that is compiled for: the mesh's in force, or else JAX's default.
+
+    Raises:
+      ValueError: if there are none, or they do not serve the case.
+    """
+    platform = _platform()
+    kernels: dict[str, Kernels] = {"tpu": "tpu", "gpu": "gpu", "cuda": "gpu"}
+    _require(
+        platform in kernels,
+        "runs on TPUs and on NVIDIA's GPUs",
+        f"a program for {platform}",
+        "to compile ahead of time for another platform, call jax.set_mesh with a mesh of its devices",
+    )
+    _require(dtype != jnp.float64, "computes in bfloat16 or float32", "float64")
+    _require(kernels[platform] == "gpu" or activation != "gelu", "has no erfc on TPUs", "activation 'gelu'")
+    _require(dropout_rate == 0, "has no dropout", f"dropout_rate {dropout_rate}")
+    _require(params.gate_bias is None, "has no biases, as Gemma has none", "biases")
+    saves = {"tpu": ("input",), "gpu": ("input", "gate_up")}[kernels[platform]]
+    _require(
+        save in saves,
+        f"has a backward pass on {platform} for save={' and '.join(map(repr, saves))}",
+        repr(save),
+        "use save='input': a TPU's kernel computes gate and up again without any memory",
+    )
+    _require(
+        mesh_to_split() is None or rules is not None,
+        "runs on a mesh of several devices where axis_rules say what is split",
+        "axis_rules None",
+        "gemma_mlp.sharding.RULES is an example",
+    )
+    return kernels[platform]
+
+
+def feed_forward(
+    params: MLPParams, x: Float[Array, "*B D"], *, activation: Activation, rules: Rules | None
+) -> Float[Array, "*B D"]:
+    """y, in the dtype of x, on a TPU."""
+    split = Split(x.shape, params.gate_proj.shape[1], rules)
+
+    def compute(x, gate_proj, up_proj, down_proj):
+        y = pallas_tpu.feed_forward(_rows(x), gate_proj, up_proj, down_proj, activation=activation)
+        return (split.add_over_hidden(y.reshape(x.shape)),)
+
+    return split.run(compute, [split.rows, *split.weights], [split.stream], x, *_weights(params))[0]
+
+
+def hidden(
+    params: MLPParams, x: Float[Array, "*B D"], *, activation: Activation, keep: bool, rules: Rules | None
+) -> tuple[Float[Array, "*B F"], ...]:
+    """h and, to `keep`, gate and up, in the dtype of x, on a GPU."""
+    split = Split(x.shape, params.gate_proj.shape[1], rules)
+
+    def compute(x, *weights):
+        from gemma_mlp.kernels import pallas_gpu  # what it imports is not in JAX on every system
+
+        weights = [weight.astype(x.dtype) for weight in weights]
+        results = pallas_gpu.hidden(_rows(x), *weights, activation=activation, keep=keep)
+        return tuple(a.reshape(*x.shape[:-1], a.shape[-1]) for a in results)
+
+    out_specs = [split.hidden] * (3 if keep else 1)
+    return split.run(compute, [split.rows, *split.weights[:2]], out_specs, x, *_weights(params)[:2])
+
+
+def gradients(
+    params: MLPParams, x: Float[Array, "*B D"], dy: Float[Array, "*B D"], *, activation: Activation, rules: Rules | None
+) -> tuple[MLPParams, Float[Array, "*B D"]]:
+    """The gradients of the weights, in their dtypes, and of x, in float32, on a TPU."""
+    split = Split(x.shape, params.gate_proj.shape[1], rules)
+
+    def compute(x, dy, gate_proj, up_proj, down_proj):
+        dx, *dweights = pallas_tpu_gradients.gradients(
+            _rows(x), _rows(dy), gate_proj, up_proj, down_proj, activation=activation
+        )
+        sums = [split.add_over_tokens(dweight, axis) for dweight, axis in zip(dweights, (0, 0, 1))]
+        return split.add_over_hidden(dx.reshape(x.shape)), *sums
+
+    in_specs = [split.rows, split.rows, *split.weights]
+    dx, *dweights = split.run(compute, in_specs, [split.stream, *split.dweights], x, dy, *_weights(params))
+    return MLPParams(*dweights), dx
+
+
+def _weights(params):
+    return [params.gate_proj, params.up_proj, params.down_proj]
+
+
+def _rows(x):
+    return x.reshape(-1, x.shape[-1])
+
+
+def _platform():
+    device = jax.sharding.get_abstract_mesh().abstract_device or backend.get_default_device()
+    return device.platform
+
+
+def _require(condition, rule, received, fix="use implementation='xla'"):
+    require(condition, f"implementation='pallas' {rule}.", received, f"{fix}.")

@@ -1,0 +1,185 @@
+"""The feed-forward's backward pass for TPUs, in one kernel (Pallas, Mosaic): no [T, F] is in memory.
+
+The grid goes through blocks of F and, for each, through all tokens: gate, up and dh of a block are computed again in
+VMEM, the gradients of its weights are summed there, in float32, and written once. The gradient of x, which all blocks
+of F add to, is in memory in float32; each step fetches its rows, adds and sends them back.
+
+The weights' gradients take the place of the weights that the kernel is given, whose blocks are read once, before: where
+these are a copy already, as in a scan over layers, the gradients need no memory of their own.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+from jaxtyping import Array, Float
+
+from gemma_mlp.activations import Activation
+from gemma_mlp.dtypes import accumulation_dtype
+from gemma_mlp.kernels.pallas_tpu import (
+    ROWS,
+    Blocks,
+    choose_blocks,
+    dot,
+    fill_zeros,
+    gated,
+    multiply,
+    parts_of_hidden,
+    require_sizes,
+    store,
+    vmem_limit,
+)
+from gemma_mlp.kernels.products import ceil_div
+
+MOST_TOKENS = 256  # of a step; more have the code grow and save nothing, as weights stay for all tokens
+
+
+def gradients(
+    x: Float[Array, "T D"],
+    dy: Float[Array, "T D"],
+    gate_proj: Float[Array, "D F"],
+    up_proj: Float[Array, "D F"],
+    down_proj: Float[Array, "F D"],
+    *,
+    activation: Activation,
+) -> tuple[Float[Array, "T D"], Float[Array, "D F"], Float[Array, "D F"], Float[Array, "F D"]]:
+    """The gradients of x, in float32, and of the weights, in their dtypes, for the gradient dy of y."""
+    (tokens, embed_dim), dtype, weight_dtype = x.shape, x.dtype, gate_proj.dtype
+    hidden_dim = gate_proj.shape[1]
+    wide = accumulation_dtype(dtype)
+
+    def vmem_bytes(blocks):
+        row = embed_dim * (2 * 2 * dtype.itemsize + 2 * wide.itemsize)
+        column = 3 * embed_dim * (4 * weight_dtype.itemsize + wide.itemsize)
+        cast = 3 * embed_dim * dtype.itemsize * (weight_dtype != dtype)
+        inner = 8 * blocks.hidden * wide.itemsize + embed_dim * wide.itemsize
+        return (row + inner) * blocks.tokens + (column + cast) * blocks.hidden
+
+    require_sizes(embed_dim, hidden_dim)
+    blocks = choose_blocks(_candidates(tokens, hidden_dim), vmem_bytes)
+    turns = ceil_div(tokens, blocks.tokens)
+    hidden_parts = hidden_dim // blocks.hidden
+    cores = pltpu.get_tpu_info().num_cores
+    if hidden_parts % cores:
+        cores = 1
+    hidden_parts //= cores
+
+    def of_tokens(core, j, i):
+        return i, 0
+
+    def gate_up(core, j, i):
+        return 0, core * hidden_parts + j
+
+    def down(core, j, i):
+        return core * hidden_parts + j, 0
+
+    stream = pl.BlockSpec((blocks.tokens, embed_dim), of_tokens)
+    weights = [*[pl.BlockSpec((embed_dim, blocks.hidden), gate_up)] * 2, pl.BlockSpec((blocks.hidden, embed_dim), down)]
+    dx, *dweights = pl.pallas_call(
+        functools.partial(_kernel, activation, tokens, turns),
+        out_shape=[
+            jax.ShapeDtypeStruct((cores, turns * blocks.tokens, embed_dim), wide),
+            *[jax.ShapeDtypeStruct(weight.shape, weight_dtype) for weight in (gate_proj, up_proj, down_proj)],
+        ],
+        grid=(cores, hidden_parts, turns),
+        in_specs=[stream, stream, *weights],
+        out_specs=[pl.BlockSpec(memory_space=pl.ANY), *weights],
+        input_output_aliases={2: 1, 3: 2, 4: 3},
+        scratch_shapes=[
+            *[pltpu.VMEM((embed_dim, blocks.hidden), wide)] * 2,
+            pltpu.VMEM((blocks.hidden, embed_dim), wide),
+            pltpu.VMEM((2, blocks.tokens, embed_dim), wide),
+            pltpu.SemaphoreType.DMA((2,)),
+            pltpu.SemaphoreType.DMA((2,)),
+        ],
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "arbitrary", "arbitrary"), vmem_limit_bytes=vmem_limit()
+        ),
+        name="geglu_gradients",
+    )(x, dy, gate_proj, up_proj, down_proj)
+    return jnp.sum(dx, axis=0)[:tokens], *dweights
+
+
+def _candidates(tokens, hidden_dim):
+    """From large to small; of the same size those of F first, which decide how often all else is read."""
+    all_tokens = ceil_div(tokens, ROWS) * ROWS
+    sizes = {min(MOST_TOKENS >> i, all_tokens) for i in range(MOST_TOKENS.bit_length()) if MOST_TOKENS >> i >= ROWS}
+    blocks = [Blocks(size, part, size) for part in parts_of_hidden(hidden_dim) for size in sizes]
+    return sorted(blocks, key=lambda b: (b.tokens * b.hidden, b.hidden), reverse=True)
+
+
+def _kernel(activation, tokens, turns, x, dy, gate_proj, up_proj, down_proj, dx, *rest):
+    *dweights, sum_gate, sum_up, sum_down, dx_rows, arrivals, departures = rest
+    sums = sum_gate, sum_up, sum_down
+    size = x.shape[0]
+    core, j, i = (pl.program_id(axis) for axis in range(3))
+    step = j * turns + i
+    slot = lax.rem(step, 2)
+    in_memory = dx.at[core, pl.ds(pl.multiple_of(i * size, ROWS), size)]
+    fetch = pltpu.make_async_copy(in_memory, dx_rows.at[slot], arrivals.at[slot])
+    send = pltpu.make_async_copy(dx_rows.at[slot], in_memory, departures.at[slot])
+
+    def wait_until_sent(slot):
+        pltpu.make_async_copy(dx_rows.at[slot], in_memory, departures.at[slot]).wait()
+
+    # What is sent must be in memory before its place is used again, two steps later, and before its rows are fetched
+    # again: one step later, if there is one block of tokens.
+    lag = min(turns, 2)
+
+    @pl.when(step >= lag)
+    def _():
+        wait_until_sent(lax.rem(step - lag, 2))
+
+    @pl.when(j > 0)
+    def _():
+        fetch.start()
+
+    @pl.when(j == 0)
+    def _():
+        fill_zeros(dx_rows.at[slot])
+
+    @pl.when(i == 0)
+    def _():
+        for total in sums:
+            fill_zeros(total)
+
+    x_TD, dy_TD = x[...], dy[...]
+    if tokens % size:  # rows that do not exist add nothing to sums over tokens
+        exists = i * size + lax.broadcasted_iota(jnp.int32, (size, 1), 0) < tokens
+        x_TD, dy_TD = jnp.where(exists, x_TD, 0), jnp.where(exists, dy_TD, 0)
+    gate, up = multiply(x_TD, gate_proj), multiply(x_TD, up_proj)
+    h, pull_back = jax.vjp(functools.partial(gated, activation), gate, up)
+    dgate, dup = pull_back(multiply(dy_TD, down_proj, transpose=True))
+    h, dgate, dup = (a.astype(x.dtype) for a in (h, dgate, dup))
+    sum_gate[...] += _outer(x_TD, dgate)
+    sum_up[...] += _outer(x_TD, dup)
+    sum_down[...] += _outer(h, dy_TD)
+    part = multiply(dgate, gate_proj, transpose=True) + multiply(dup, up_proj, transpose=True)
+
+    @pl.when(j > 0)
+    def _():
+        fetch.wait()
+
+    dx_rows[slot] += part
+    send.start()
+
+    @pl.when(i == turns - 1)
+    def _():
+        for dweight, total in zip(dweights, sums):
+            store(dweight, total)
+
+    @pl.when(step == pl.num_programs(1) * turns - 1)
+    def _():
+        wait_until_sent(slot)
+
+        @pl.when((step >= 1) & (lag == 2))
+        def _():
+            wait_until_sent(1 - slot)
+
+
+def _outer(a, b):
+    """a.T @ b, summed over tokens in float32."""
+    return dot(a, b, (0,), (0,))

@@ -1,0 +1,118 @@
+"""The kernel for GPUs as the H200's compilers make it: memory, registers, and how it reaches global memory.
+
+A process of its own compiles, because the compilers tell of a kernel on the standard error stream, once per process,
+and abort where they find no libdevice.
+"""
+
+import functools
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+SIZES = {"gemma2_2b": (2304, 9216), "gemma2_9b": (3584, 14336), "gemma2_27b": (4608, 36864)}
+SERVED = [(tokens, *SIZES[size], "gelu_tanh", False) for size in SIZES for tokens in (8192, 16, 1)]
+LARGE = 65536, *SIZES["gemma2_27b"], "gelu_tanh", True  # 2.4e9 elements in each result
+UNEVEN = 8190, *SIZES["gemma2_2b"], "gelu_tanh", True
+OTHERS = [(128, 512, 256, activation, True) for activation in ("gelu", "silu", "relu", "sigmoid", "identity")]
+CASES = [*SERVED, LARGE, UNEVEN, *OTHERS]
+START, END = "=== start", "=== end "
+
+
+def compile_all():
+    import jax
+
+    from gemma_mlp import aot
+    from gemma_mlp.kernels import pallas_gpu
+
+    for T, D, F, activation, keep in CASES:
+        print(START, flush=True)
+        hidden = functools.partial(pallas_gpu.hidden, activation=activation, keep=keep)
+        args = (jax.ShapeDtypeStruct(shape, "bfloat16") for shape in ((T, D), (D, F), (D, F)))
+        compiled = aot.compile_for("h200", hidden, *args)
+        said = compiled.temp_bytes, compiled.output_bytes, compiled.text
+        print(END + json.dumps(said), flush=True)
+
+
+@functools.cache
+def compiler_output():
+    """(exit status, output) of :func:`compile_all`."""
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.aot.test_pallas_gpu"],
+        env=os.environ | {"JAX_PLATFORMS": "cpu", "MOSAIC_GPU_DUMP_PTX": "1", "MOSAIC_GPU_DUMP_PTXAS": "1"},
+        cwd=ROOT,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        timeout=300,
+    )
+    return done.returncode, done.stdout
+
+
+@functools.cache
+def compiled_cases():
+    """(temp_bytes, output_bytes, HLO, PTX and what ptxas said of it) by case."""
+    status, output = compiler_output()
+    for missing, package in (("No PTX compilation provider", "nvidia-cuda-nvcc"), ("libdevice", "nvidia-nvvm")):
+        if status != 0 and missing in output:
+            pytest.skip(f"Mosaic GPU needs ptxas and libdevice: no {package}")
+    assert status == 0, output[-5000:]
+    cases = {}
+    for case, part in zip(CASES, output.split(START)[1:], strict=True):
+        assembly, _, said = part.partition(END)
+        cases[case] = *json.loads(said.splitlines()[0]), assembly
+    return cases
+
+
+@pytest.mark.parametrize("case", [*SERVED, LARGE, *OTHERS], ids=str)
+def test_needs_no_memory_beyond_its_results(case):
+    T, _, F, _, keep = case
+    temp_bytes, output_bytes, text, _ = compiled_cases()[case]
+    assert temp_bytes == 0
+    assert T * F * 2 * (3 if keep else 1) <= output_bytes <= T * F * 2 * (3 if keep else 1) + 64
+    opcodes = set(re.findall(r"^\s+(?:ROOT )?%\S+ = .*? ([a-z-]+)\(", text, re.MULTILINE))
+    assert opcodes <= {"parameter", "custom-call", "get-tuple-element", "tuple", "bitcast"}
+    assert "custom-call" in opcodes
+
+
+def test_uneven_numbers_of_tokens_copy_x_alone():
+    T, D, *_ = UNEVEN
+    temp_bytes = compiled_cases()[UNEVEN][0]
+    assert temp_bytes <= (T + 8) * D * 2 + 1024
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_multiplies_in_warp_groups_and_spills_no_register(case):
+    T = case[0]
+    assembly = compiled_cases()[case][3]
+    products = re.findall(r"wgmma\.mma_async\S*", assembly)
+    shape = "m64n128k16" if T > 64 else "m64n64k16"  # 64 of the sum are 4 instructions for gate and 4 for up
+    assert products == [f"wgmma.mma_async.sync.aligned.{shape}.f32.bf16.bf16"] * 8
+    after = assembly.rpartition("wgmma.mma_async")[
+        2
+    ]  # the buffers are handed back when they have been read, not before
+    assert re.search(r"wgmma\.wait_group\S*\s+0|mbarrier\.arrive", after)[0].startswith("wgmma.wait_group")
+    assert "0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads" in assembly
+    assert ".local" not in assembly
+    assert "serialized" not in assembly  # as ptxas warns where it makes every product wait for the one before
+    assert "tanh.approx" not in assembly
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_global_memory_is_reached_by_coordinates_alone(case):
+    """So no offset into a whole array is ever computed, which 32 bits would not hold in the largest case."""
+    assembly = compiled_cases()[case][3]
+    accesses = re.findall(r"^\s*(?:@!?%p\d+ )?((?:ld|st|atom|red|cp|ldmatrix|stmatrix)\.\S*)", assembly, re.MULTILINE)
+    onto_memory = [access for access in accesses if ".shared" not in access or ".global" in access]
+    onto_memory = [access for access in onto_memory if not re.match(r"cp\.async\.bulk\.(commit|wait)_group", access)]
+    assert onto_memory
+    assert all(re.match(r"cp\.async\.bulk\.tensor\.[2-5]d\.", access) for access in onto_memory)
+
+
+if __name__ == "__main__":
+    compile_all()

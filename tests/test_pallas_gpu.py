@@ -1,0 +1,131 @@
+"""The kernel for GPUs in Pallas's interpreter of them, against the float64 oracle; tests/aot has its real compiler."""
+
+import importlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from gemma_mlp import ACTIVATIONS
+from gemma_mlp.kernels import pallas_gpu
+from tests import reference, samples
+from tests.reference import relative_error
+
+INTERNAL = "jax._src.pallas.mosaic_gpu.interpret"
+FLOOR_FACTOR = 1.02
+STEPS = 5 * pallas_gpu.BLOCK_D  # more of the sum than there are blocks in flight
+# The interpreter of JAX 0.10.2 raises IndexError where a copy passes the end of an array, which the hardware allows.
+clips = pytest.mark.skipif(jax.__version_info__ < (0, 12), reason="this JAX's interpreter has no copies beyond the end")
+
+
+def interpreter(**options):
+    params = getattr(plgpu, "InterpretGPUParams", None)  # public from JAX 0.11 or 0.12 on
+    return (params or importlib.import_module(f"{INTERNAL}.params").InterpretGPUParams)(**options)
+
+
+def case(T, D=pallas_gpu.BLOCK_D, F=pallas_gpu.BLOCK_F):
+    rng = np.random.default_rng(0)
+    return samples.mlp_arrays(rng, D, F, use_bias=False), samples.normal(rng, (T, D))
+
+
+def run(arrays, x, activation, keep, **options):
+    weights = (jnp.asarray(arrays[name], jnp.bfloat16) for name in ("gate_proj", "up_proj"))
+    x = jnp.asarray(x, jnp.bfloat16)
+    results = pallas_gpu.hidden(x, *weights, activation=activation, keep=keep, interpret=interpreter(**options))
+    assert len(results) == (3 if keep else 1)
+    return results
+
+
+def check(results, arrays, x, activation, columns=slice(None)):
+    """Every result as close to the exact one as rounding that once allows."""
+    gate, up, h = reference.mlp(arrays, x, activation)[1]
+    for result, exact in zip(results, (h, gate, up)):
+        assert result.dtype == jnp.bfloat16 and result.shape == exact.shape
+        result, exact = result[:, columns], exact[:, columns]
+        floor = relative_error(reference.bfloat16(exact), exact)
+        assert relative_error(result, exact) <= FLOOR_FACTOR * floor
+
+
+@pytest.mark.parametrize("activation", sorted(ACTIVATIONS))
+def test_every_activation(activation):
+    """Near -2.7 too, where the two forms of GELU differ by a twentieth of their value."""
+    arrays, x = case(64)
+    near, others = slice(None, 64), slice(64, None)
+    x[:, 0] = 1
+    arrays["gate_proj"][:, near] /= 16
+    arrays["gate_proj"][0, near] = -2.6875
+    results = run(arrays, x, activation, keep=True)
+    check(results, arrays, x, activation, near)
+    check(results, arrays, x, activation, others)
+
+
+@pytest.mark.parametrize("T", [64, 256])
+def test_no_warp_group_reads_what_another_writes(T):
+    """With more steps than blocks in flight, and more blocks of results than multiprocessors."""
+    arrays, x = case(T, STEPS, 3 * pallas_gpu.BLOCK_F)
+    check(run(arrays, x, "gelu_tanh", keep=True, detect_races=True), arrays, x, "gelu_tanh")
+    assert not importlib.import_module(f"{INTERNAL}.gpu_callbacks").get_races().races_found
+
+
+def test_more_tokens_than_share_a_column_of_the_weights():
+    arrays, x = case((pallas_gpu.GROUP + 1) * 128, F=2 * pallas_gpu.BLOCK_F)
+    check(run(arrays, x, "gelu_tanh", keep=False), arrays, x, "gelu_tanh")
+
+
+@clips
+@pytest.mark.parametrize("T", [1, 7, 16, 63, 65, 100, 130, 264])
+def test_any_number_of_tokens(T):
+    arrays, x = case(T)
+    check(run(arrays, x, "gelu_tanh", keep=True), arrays, x, "gelu_tanh")
+
+
+def refusal(x, gate_proj, up_proj, dtype="bfloat16"):
+    arrays = (jax.ShapeDtypeStruct(shape, dtype) for shape in (x, gate_proj, up_proj))
+    with pytest.raises(ValueError, match=r"Received: .*\. Fix: ") as refused:
+        jax.eval_shape(lambda *args: pallas_gpu.hidden(*args, activation="gelu_tanh", keep=False), *arrays)
+    return str(refused.value)
+
+
+def test_other_dtypes_are_refused():
+    assert "takes bfloat16" in refusal((64, 64), (64, 128), (64, 128), "float32")
+
+
+@pytest.mark.parametrize(
+    ("x", "gate_proj", "up_proj"),
+    [
+        ((2, 64, 64), (64, 128), (64, 128)),
+        ((0, 64), (64, 128), (64, 128)),
+        ((64, 64), (128, 128), (128, 128)),
+        ((64, 64), (64, 128), (64, 256)),
+        ((64, 64), (64,), (64,)),
+    ],
+)
+def test_other_shapes_are_refused(x, gate_proj, up_proj):
+    assert "takes x [T, D]" in refusal(x, gate_proj, up_proj)
+
+
+@pytest.mark.parametrize(("D", "F"), [(96, 128), (64, 192), (64, 0), (0, 128)])
+def test_sizes_that_are_no_multiples_are_refused(D, F):
+    assert "multiples of 64 for D and of 128 for F" in refusal((64, D), (D, F), (D, F))
+
+
+@pytest.mark.parametrize("kind", ["NVIDIA A100-SXM4-80GB", "NVIDIA B200", "NVIDIA GeForce RTX 4090", "cpu"])
+def test_other_devices_are_refused(kind):
+    device = jax.sharding.AbstractDevice(device_kind=kind, num_cores=100, platform="gpu")
+    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((1,), ("chip",), abstract_device=device)):
+        assert repr(kind) in refusal((64, 64), (64, 128), (64, 128))
+
+
+def test_a_cpu_is_refused_without_the_interpreter():
+    assert "compute capability 9.0" in refusal((64, 64), (64, 128), (64, 128))
+
+
+@pytest.mark.parametrize("kind", ["NVIDIA H100 80GB HBM3", "NVIDIA H200", "NVIDIA GH200 480GB", "NVIDIA H20"])
+def test_hopper_devices_are_served(kind):
+    device = jax.sharding.AbstractDevice(device_kind=kind, num_cores=78, platform="gpu")
+    args = (jax.ShapeDtypeStruct(shape, "bfloat16") for shape in ((64, 64), (64, 128), (64, 128)))
+    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((1,), ("chip",), abstract_device=device)):
+        (h,) = jax.eval_shape(lambda *args: pallas_gpu.hidden(*args, activation="silu", keep=False), *args)
+    assert h.shape == (64, 128)

@@ -1,0 +1,206 @@
+"""The kernels for TPUs in Pallas's interpreter of them, which looks for races; tests/aot has their real compiler."""
+
+import dataclasses
+import functools
+import importlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from gemma_mlp import PRESETS, MLPConfig, MLPParams, feed_forward, mlp, sharding
+from gemma_mlp.kernels import pallas, pallas_tpu, pallas_tpu_gradients
+from tests import samples
+from tests.comparison import FLOAT32_BOUND, errors, floor_errors, oracle, run
+from tests.reference import relative_error
+from tests.test_sharding import RULES, make_mesh, spread
+
+V5E, V5P, V6E = pltpu.ChipVersion.TPU_V5E, pltpu.ChipVersion.TPU_V5P, pltpu.ChipVersion.TPU_V6E
+EMBED_DIM, HIDDEN_DIM = 128, 512
+FLOOR_FACTOR = 1.02
+
+
+def small_blocks(monkeypatch, version=V5E, cores=1):
+    """Has kernels see a TPU, and take small blocks, so that a small case has several of each kind."""
+    info = pltpu.get_tpu_info_for_chip(version, cores)
+    monkeypatch.setattr(pltpu, "get_tpu_info", lambda: info)
+    monkeypatch.setattr(pallas, "_platform", lambda: "tpu")
+    monkeypatch.setattr(pallas_tpu, "MOST_HIDDEN", 128)
+    monkeypatch.setattr(pallas_tpu, "MOST_TOKENS", 64)
+    monkeypatch.setattr(pallas_tpu, "UNROLLED", 32)
+    monkeypatch.setattr(pallas_tpu_gradients, "MOST_TOKENS", 32)
+    jax.clear_caches()
+
+
+@pytest.fixture(params=[(V5E, 1)], ids=str)
+def chip(request, monkeypatch):
+    version, cores = request.param
+    small_blocks(monkeypatch, version, cores)
+    interpreter = importlib.import_module("jax._src.pallas.mosaic.interpret.interpret_pallas_call")
+    options = pltpu.InterpretParams(detect_races=True, num_cores_or_threads=cores)
+    with pltpu.force_tpu_interpret_mode(options):
+        yield
+    assert interpreter.races is None or not interpreter.races.races_found
+    jax.clear_caches()
+
+
+@pytest.fixture
+def simple_chip(monkeypatch):
+    """Pallas's other interpreter, of XLA's own operations: it knows no races, but runs under every transformation."""
+    small_blocks(monkeypatch)
+    monkeypatch.setattr(pl, "pallas_call", functools.partial(pl.pallas_call, interpret=True))
+    yield
+    jax.clear_caches()
+
+
+def case(batch, embed_dim=EMBED_DIM, hidden_dim=HIDDEN_DIM):
+    rng = np.random.default_rng(0)
+    arrays = samples.mlp_arrays(rng, embed_dim, hidden_dim, use_bias=False)
+    return arrays, *(samples.normal(rng, (*batch, embed_dim)) for _ in range(2))
+
+
+@pytest.mark.parametrize("chip", [(V5E, 1), (V5P, 2)], indirect=True, ids=str)
+@pytest.mark.parametrize("batch", [(), (16,), (40,), (2, 65)], ids=str)
+def test_bfloat16_is_at_the_floor(batch, chip):
+    arrays, x, dy = case(batch)
+    exact = oracle(arrays, x, dy, "gelu_tanh")
+    floor = floor_errors(arrays, x, dy, "gelu_tanh", exact, "input")
+    result = run(arrays, x, dy, "bfloat16", jit=True, implementation="pallas")
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(result)} == {"bfloat16"}
+    for name, error in errors(result, exact).items():
+        assert error <= FLOOR_FACTOR * floor[name], name
+
+
+@pytest.mark.parametrize("activation", ["gelu_tanh", "silu", "relu", "sigmoid", "identity"])
+def test_float32_equals_the_oracle(activation, chip):
+    arrays, x, dy = case((70,))
+    result = run(arrays, x, dy, "float32", jit=True, activation=activation, implementation="pallas")
+    for name, error in errors(result, oracle(arrays, x, dy, activation)).items():
+        assert error <= FLOAT32_BOUND, name
+
+
+def test_float32_weights_in_bfloat16(chip):
+    """The weights are rounded as they arrive; what is rounded last is their gradients, to float32."""
+    arrays, x, dy = case((70,))
+    result = run(arrays, x, dy, "bfloat16", jit=True, param_dtype="float32", dtype="bfloat16", implementation="pallas")
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(result[1])} == {"float32"}
+    exact = oracle(arrays, x, dy, "gelu_tanh")
+    floor = floor_errors(arrays, x, dy, "gelu_tanh", exact, "input", weights=lambda a: a)
+    for name, error in errors(result, exact).items():
+        assert error <= FLOOR_FACTOR * floor[name], name
+
+
+def test_a_rematerialised_scan_is_that_of_xla(simple_chip):
+    config = MLPConfig(EMBED_DIM, HIDDEN_DIM)
+    params = jax.vmap(lambda key: MLPParams.init(config, key))(jax.random.split(jax.random.key(0), 2))
+    x = jax.random.normal(jax.random.key(1), (2, 20, EMBED_DIM))
+
+    def loss(implementation, params, x):
+        layer = functools.partial(mlp, config=dataclasses.replace(config, implementation=implementation))
+        step = jax.checkpoint(lambda x, p: (x + layer(p, x), None))
+        return jnp.sum(jnp.sin(jax.lax.scan(step, x, params)[0]))
+
+    gradients = (jax.jit(jax.grad(functools.partial(loss, i), argnums=(0, 1)))(params, x) for i in ("pallas", "xla"))
+    for leaf, expected in zip(*map(jax.tree.leaves, gradients)):
+        assert relative_error(leaf, np.asarray(expected, np.float64)) <= 3 * FLOAT32_BOUND  # through two layers
+
+
+@pytest.mark.parametrize("rules", RULES)
+@pytest.mark.parametrize("shape", [(4, 2), (1, 8)], ids=str)
+def test_a_mesh_changes_no_number(shape, rules, simple_chip, eight_devices):
+    arrays, x, dy = case((4, 16), hidden_dim=1024)
+    mesh, rules = make_mesh(*shape), RULES[rules]
+    specs = MLPParams(**MLPParams.specs(MLPConfig(EMBED_DIM, 1024)))
+    params = spread(samples.mlp_params(arrays, "float32"), mesh, rules, specs)
+    stream = sharding.activation_sharding(x.shape, mesh, rules)
+    x_there, dy_there = (jax.device_put(jnp.asarray(a, "float32"), stream) for a in (x, dy))
+    apply = functools.partial(feed_forward, axis_rules=rules, implementation="pallas")
+    with jax.set_mesh(mesh):
+        result = jax.jit(functools.partial(samples.value_and_pullback, apply))(params, x_there, dy_there)
+    for name, error in errors(result, oracle(arrays, x, dy, "gelu_tanh")).items():
+        assert error <= FLOAT32_BOUND, name
+
+
+def test_no_tokens(chip):
+    arrays, x, dy = case((0,))
+    y, dparams, dx = run(arrays, x, dy, "float32", implementation="pallas")
+    assert y.shape == dx.shape == (0, EMBED_DIM)
+    assert all(not np.any(grad) for grad in jax.tree.leaves(dparams))
+
+
+def blocks_of(monkeypatch, module, version, cores, preset, tokens):
+    """What the kernel of `module` chooses for bfloat16."""
+    chosen, choose = [], pallas_tpu.choose_blocks
+    info = pltpu.get_tpu_info_for_chip(version, cores)
+    monkeypatch.setattr(pltpu, "get_tpu_info", lambda: info)
+    monkeypatch.setattr(module, "choose_blocks", lambda *args: chosen.append(choose(*args)) or chosen[-1])
+    size = PRESETS[preset]
+    shapes = (tokens, size.embed_dim), (size.embed_dim, size.hidden_dim), (size.hidden_dim, size.embed_dim)
+    x, gate, down = (jax.ShapeDtypeStruct(shape, "bfloat16") for shape in shapes)
+    backward = module is pallas_tpu_gradients
+    kernel = functools.partial(module.gradients if backward else module.feed_forward, activation="gelu_tanh")
+    jax.eval_shape(kernel, *([x, x] if backward else [x]), gate, gate, down)
+    return tuple(chosen[0])
+
+
+@pytest.mark.parametrize(
+    ("version", "cores", "preset", "tokens", "forward", "backward"),
+    [
+        (V6E, 1, "gemma2_27b", 8192, (1024, 512, 512), (256, 512, 256)),
+        (V5E, 1, "gemma2_27b", 8192, (1024, 512, 512), (256, 512, 256)),
+        (V5P, 2, "gemma2_27b", 8192, (512, 512, 512), (128, 256, 128)),
+        (V5P, 2, "gemma2_2b", 512, (256, 512, 256), (256, 512, 256)),  # one block for each core
+        (V6E, 1, "gemma2_2b", 1100, (576, 512, 288), (256, 512, 256)),  # as even as can be
+        (V6E, 1, "gemma3_1b", 1, (16, 384, 16), (16, 384, 16)),  # 6,912 = 18 * 384
+    ],
+)
+def test_blocks_fill_the_chips_memory(version, cores, preset, tokens, forward, backward, monkeypatch):
+    """(tokens, F, rows at a time)."""
+    for module, expected in ((pallas_tpu, forward), (pallas_tpu_gradients, backward)):
+        assert blocks_of(monkeypatch, module, version, cores, preset, tokens) == expected
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"save": "gate_up"}, "backward pass on tpu for save='input'"),
+        ({"save": "autodiff"}, "backward pass on tpu for save='input'"),
+        ({"activation": "gelu"}, "has no erfc on TPUs"),
+        ({"dropout_rate": 0.5, "dropout_key": jax.random.key(0)}, "has no dropout"),
+        ({"use_bias": True}, "has no biases"),
+        ({"embed_dim": 64}, "multiples of 128. Received: 64 and 512"),
+        ({"hidden_dim": 64}, "multiples of 128. Received: 128 and 64"),
+    ],
+    ids=str,
+)
+def test_what_it_does_not_serve(options, message, chip):
+    config = {"embed_dim": EMBED_DIM, "hidden_dim": HIDDEN_DIM, "use_bias": False}
+    config |= {name: options[name] for name in config if name in options}
+    params = MLPParams.init(MLPConfig(**config), jax.random.key(0))
+    others = {name: value for name, value in options.items() if name not in config}
+    with pytest.raises(ValueError, match=message):
+        feed_forward(params, jnp.zeros((3, config["embed_dim"])), implementation="pallas", **others)
+
+
+def test_a_mesh_needs_rules(chip, eight_devices):
+    params = MLPParams.init(MLPConfig(EMBED_DIM, HIDDEN_DIM), jax.random.key(0))
+    with jax.set_mesh(make_mesh(4, 2)), pytest.raises(ValueError, match="where axis_rules say what is split"):
+        feed_forward(params, jnp.zeros((8, EMBED_DIM)), implementation="pallas")
+
+
+def test_an_embed_dim_that_vmem_cannot_hold(chip):
+    params = jax.eval_shape(lambda: MLPParams.init(MLPConfig(2**16, 128), jax.random.key(0)))
+    x = jax.ShapeDtypeStruct((1, 2**16), "float32")
+    with pytest.raises(ValueError, match=r"smallest blocks fit into VMEM, 125829120 bytes\. Received: an embed_dim"):
+        jax.eval_shape(functools.partial(feed_forward, implementation="pallas"), params, x)
+
+
+def test_a_cpu_has_no_kernels():
+    params = MLPParams.init(MLPConfig(EMBED_DIM, HIDDEN_DIM), jax.random.key(0))
+    with pytest.raises(ValueError, match=r"runs on TPUs and on NVIDIA's GPUs\. Received: a program for cpu"):
+        feed_forward(params, jnp.zeros((3, EMBED_DIM)), implementation="pallas")
+    with pytest.raises(ValueError, match="implementation is one of xla, pallas"):
+        MLPConfig(8, 16, implementation="triton")  # pyright: ignore[reportArgumentType]
