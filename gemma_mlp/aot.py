@@ -110,10 +110,13 @@ def compile_for(
         sharding = leaf.sharding if isinstance(leaf, jax.ShapeDtypeStruct) and leaf.sharding is not None else one_chip
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
-    # Kernels learn their device from the mesh in force.
-    alone = jax.sharding.get_abstract_mesh().empty
-    with jax.set_mesh(chip) if alone else contextlib.nullcontext():
-        lowered = jax.jit(function, donate_argnums=donate_argnums).lower(*jax.tree.map(abstract, args))
+    args = jax.tree.map(abstract, args)
+    meshes = [getattr(leaf.sharding, "mesh", None) for leaf in jax.tree.leaves(args)]
+    meshes = [mesh for mesh in meshes if isinstance(mesh, jax.sharding.Mesh)]
+    # Kernels learn their device from the mesh in force: if there is none yet, that of the arguments.
+    alone = meshes and jax.sharding.get_abstract_mesh().empty
+    with jax.set_mesh(max(meshes, key=lambda mesh: mesh.size)) if alone else contextlib.nullcontext():
+        lowered = jax.jit(function, donate_argnums=donate_argnums).lower(*args)
     compiled = lowered.compile(compiler_options=compiler_options)
     memory, cost, text = compiled.memory_analysis(), compiled.cost_analysis(), compiled.as_text()
     assert memory is not None  # both compilers give both

@@ -12,7 +12,7 @@ from toy.language_model import pure_functions
 import gemma_mlp
 from tests.configs import get_config
 
-pytestmark = pytest.mark.promotes
+pytestmark = [pytest.mark.promotes, pytest.mark.long]
 
 
 class TestGradientFlow:

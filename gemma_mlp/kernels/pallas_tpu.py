@@ -1,10 +1,12 @@
-"""The feed-forward's kernels for TPUs (Pallas, Mosaic).
+"""The feed-forward's forward pass for TPUs, in one kernel (Pallas, Mosaic): h is nowhere in memory.
 
 Every product takes operands in the compute dtype and is summed in float32; between products everything is float32 in
-VMEM, so that gate, up and dh are never rounded. Weights are cast as they arrive, a block at a time.
+VMEM, so that gate and up are never rounded. Weights are cast as they arrive, a block at a time.
 
-A grid goes through blocks of tokens and, for each, through blocks of F; the rows of x stay in VMEM meanwhile. A last
-block of tokens that is not full computes on whatever follows in memory: rows do not mix, and those are not written.
+The grid goes through blocks of tokens and, for each, through blocks of F, over which y is summed in VMEM; the rows of x
+stay there meanwhile. A last block of tokens that is not full computes on whatever follows in memory: rows do not mix,
+and those are not written. Blocks are addressed by the number of their first row and column: no offset in elements is
+computed, which 32 bits might not hold.
 """
 
 import functools
@@ -25,8 +27,8 @@ from gemma_mlp.kernels.products import ceil_div
 
 LANES = 128  # the width of vector registers: blocks of F are multiples of it
 ROWS = 16  # bfloat16 lies in tiles of 16 rows: blocks of tokens are multiples of it
-# Each weight is read once for a block of tokens: with 1,024 a v6e has 1.8 times the FLOPs to a byte that its peak of
-# 918 TFLOP/s needs of 1.64 TB/s (Google Cloud, TPU v6e), with 512 as many less.
+# Each weight is read once for a block of tokens: with 1,024 that is 1,024 FLOPs to a byte, of which a v6e needs 560 to
+# reach its peak (918 TFLOP/s, 1.64 TB/s: Google Cloud, TPU v6e); 512 would have it wait.
 MOST_TOKENS = 1024
 MOST_HIDDEN = 512
 # Rows of a block that are computed at a time. Their code is unrolled: 1,024 have the compiler take five times as long
@@ -55,7 +57,7 @@ def feed_forward(
         return row * blocks.tokens + (column + 6 * blocks.rows * wide.itemsize) * blocks.hidden
 
     require_sizes(embed_dim, hidden_dim)
-    blocks = choose_blocks(list(_candidates(tokens, hidden_dim)), vmem_bytes)
+    blocks = choose_blocks(_candidates(tokens, hidden_dim), vmem_bytes)
     stream = pl.BlockSpec((blocks.tokens, embed_dim), lambda i, j: (i, 0))
     gate_up = pl.BlockSpec((embed_dim, blocks.hidden), lambda i, j: (0, j))
     return pl.pallas_call(
@@ -132,7 +134,7 @@ def vmem_limit() -> int:
 
 def _candidates(tokens, hidden_dim):
     """From large to small; of tokens first, as these decide how often a weight is read."""
-    most = MOST_TOKENS
+    blocks, most = [], MOST_TOKENS
     while most >= ROWS:
         count = ceil_div(tokens, most)
         if tokens >= MANY_TOKENS:
@@ -140,8 +142,9 @@ def _candidates(tokens, hidden_dim):
         share = ceil_div(tokens, count)
         turns = ceil_div(share, UNROLLED)
         rows = _round_up(ceil_div(share, turns), ROWS)
-        yield from (Blocks(turns * rows, size, rows) for size in parts_of_hidden(hidden_dim))
+        blocks += [Blocks(turns * rows, size, rows) for size in parts_of_hidden(hidden_dim)]
         most //= 2
+    return blocks
 
 
 def multiply(a, weight, transpose=False):

@@ -28,9 +28,14 @@ def test_tpu_forward_in_chunks_keeps_one_chunk(target):
     assert compiled.temp_bytes <= array(settings) * 2048 / TOKENS + MIB <= 150 * MIB
 
 
-@pytest.mark.parametrize("save", ["input", "gate_up"])
-@pytest.mark.parametrize("target", TPUS)
-@pytest.mark.parametrize("size", ["gemma2_2b", "gemma2_27b"])
+@pytest.mark.parametrize(
+    ("target", "size", "save"),
+    [
+        *((target, "gemma2_2b", "input") for target in TPUS),
+        (TPUS[0], "gemma2_2b", "gate_up"),
+        *((TPUS[0], "gemma2_27b", save) for save in ("input", "gate_up")),
+    ],
+)
 def test_tpu_gradient_of_one_layer_keeps_three_arrays(target, size, save):
     settings = config(size, save)
     x = stream(settings)

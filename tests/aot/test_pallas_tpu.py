@@ -11,7 +11,7 @@ from pathlib import Path
 
 import jax
 import pytest
-from bench.memory import LAYERS, MIB, TOKENS, apply, config, one, params, scanned, stack_bytes, stream
+from bench.memory import LAYERS, MIB, TOKENS, apply, config, one, params, scanned, stream
 
 from gemma_mlp import aot, sharding
 from tests.aot.test_sharding import POD, SHARD, STREAM, compiled, gathers
@@ -76,15 +76,26 @@ def test_decoding_from_float32_weights_makes_no_copy_of_them(target, tokens):
 
 
 @pytest.mark.parametrize(
-    ("target", "size", "expected"),
-    [(V5E, "gemma2_2b", 410), (V5P, "gemma2_2b", 482), (V6E, "gemma2_2b", 410), (V5E, "gemma2_27b", 1548)],
+    ("target", "size", "expected", "by_xla"),
+    [
+        (V5E, "gemma2_2b", 410, 576),
+        (V5P, "gemma2_2b", 482, 648),
+        (V6E, "gemma2_2b", 410, 612),
+        (V5E, "gemma2_27b", 1548, 2160),
+    ],
 )
-def test_gradient_of_a_scanned_stack(target, size, expected):
-    """MiB; by XLA's products 576, 648, 612 and 2,160 (v5p has the sums of two cores)."""
+def test_gradient_of_a_scanned_stack(target, size, expected, by_xla):
+    """MiB (v5p has the sums of two cores); test_memory.py holds XLA's products to what they take."""
     settings = kernels(size)
     compiled = aot.compile_for(target, scanned(apply(settings)), params(settings, LAYERS), stream(settings))
-    assert compiled.temp_bytes <= (expected + 1) * MIB
-    assert compiled.temp_bytes < 0.8 * stack_bytes(target, "scanned", "input", size)
+    assert compiled.temp_bytes <= (expected + 1) * MIB < by_xla * MIB
+
+
+def test_more_numbers_than_32_bits_count():
+    settings = kernels("gemma2_27b")
+    tokens = 2**31 // settings.embed_dim + 1000
+    compiled = compile_forward(V5E, settings, tokens)
+    assert compiled.temp_bytes == 0 and compiled.output_bytes >= tokens * settings.embed_dim * 2 > 2**32
 
 
 def test_every_activation_is_lowered():
