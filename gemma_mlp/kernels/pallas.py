@@ -69,7 +69,7 @@ def feed_forward(
 def hidden(
     params: MLPParams, x: Float[Array, "*B D"], *, activation: Activation, keep: bool, rules: Rules | None
 ) -> tuple[Float[Array, "*B F"], ...]:
-    """h and, to `keep`, gate and up, in the dtype of x, on a GPU."""
+    """h and, to `keep`, gate and up, in the dtype of x, to which weights that are wider are rounded first, on a GPU."""
     split = Split(x.shape, params.gate_proj.shape[1], rules)
 
     def compute(x, *weights):

@@ -7,7 +7,7 @@ import pytest
 
 @pytest.fixture(autouse=True)
 def compilers():
-    for package in ("libtpu", "jax-cuda13-plugin", "jax-cuda13-pjrt"):
+    for package in ("libtpu", "jax-cuda13-plugin", "jax-cuda13-pjrt", "nvidia-cuda-nvcc", "nvidia-nvvm"):
         try:
             metadata.version(package)
         except metadata.PackageNotFoundError:
