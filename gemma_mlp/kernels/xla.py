@@ -28,6 +28,7 @@ from gemma_mlp.kernels import pallas
 from gemma_mlp.kernels.products import ceil_div, in_slices, multiply, outer
 from gemma_mlp.params import MLPParams
 
+SLICES = 8  # of F in the backward pass around a GPU's kernel
 LANES = 128  # the width of a TPU's vector registers: slices of F are multiples of it
 HIDDEN_AXIS = {"gate_proj": 1, "up_proj": 1, "down_proj": 0, "gate_bias": 0, "up_bias": 0}
 
@@ -53,6 +54,14 @@ class Op(NamedTuple):
     def stored(self):
         """What products are stored in between element-wise work."""
         return self.wide if self.on_cpu else self.dtype
+
+    @property
+    def exact(self):
+        """Whether gate, up and dh are float32 in a GPU's memory too, a slice of F at a time: as exact as its kernel.
+
+        With so many slices they take less memory than in bfloat16 at once; slices of what is kept would be copies.
+        """
+        return self.kernels == "gpu" and self.save == "input"
 
 
 def feed_forward(
@@ -206,7 +215,8 @@ def _gradients_over_hidden(op, params, x_BD, mask_BF, kept, dy_BD) -> tuple[dict
 
 def _hidden_gradients(op, params, x_BD, mask_BF, kept, dy_BD):
     """h and the gradients of gate and up, in the compute dtype."""
-    dh_BF = _over_hidden(op, _multiply(op, op.stored, dy_BD, params.down_proj, transpose=True))
+    stored = op.wide if op.exact else op.stored
+    dh_BF = _over_hidden(op, _multiply(op, stored, dy_BD, params.down_proj, transpose=True))
     # A 1 that the compiler does not know and has only after dh: without it an unrolled stack shares what is computed
     # again here with its forward pass, and so keeps it in memory. (Barriers around x, gate and up have them copied.)
     # On a CPU, where time is what is short, it may share.
@@ -217,8 +227,8 @@ def _hidden_gradients(op, params, x_BD, mask_BF, kept, dy_BD):
         gate_BF, up_BF = (a * one for a in kept)
     else:
         x_again_BD = _gathered(op, x_BD.astype(op.dtype) * one)
-        gate_BF = _project(op, op.stored, x_again_BD, params.gate_proj, params.gate_bias)
-        up_BF = _project(op, op.stored, x_again_BD, params.up_proj, params.up_bias)
+        gate_BF = _project(op, stored, x_again_BD, params.gate_proj, params.gate_bias)
+        up_BF = _project(op, stored, x_again_BD, params.up_proj, params.up_bias)
     gate_BF, up_BF, dh_BF = (a.astype(op.wide) for a in (gate_BF, up_BF, dh_BF))
     h_BF, pull_back = jax.vjp(lambda gate, up: _gated(op, gate, up, mask_BF), gate_BF, up_BF)
     # Without the barrier gate, up and dh all stay, for the operands of the products below to be computed inside them.
@@ -226,9 +236,9 @@ def _hidden_gradients(op, params, x_BD, mask_BF, kept, dy_BD):
 
 
 def _slice_size(op, x_BD, hidden_part):
-    """As many slices of each device's part of F as the forward pass has chunks of tokens."""
+    """As many slices of each device's part of F as the forward pass has chunks of tokens; more where `op.exact`."""
     chunks = 1 if op.chunk_size is None or x_BD.ndim < 2 else ceil_div(x_BD.shape[-2], op.chunk_size)
-    return ceil_div(ceil_div(hidden_part, max(chunks, 1)), LANES) * LANES
+    return ceil_div(ceil_div(hidden_part, max(chunks, SLICES if op.exact else 1)), LANES) * LANES
 
 
 class Cut(NamedTuple):
