@@ -116,11 +116,14 @@ WITHOUT_PARTS_OF_F = (
 )
 
 
-@pytest.mark.parametrize("rules", [*RULES.values(), WITHOUT_PARTS_OF_F], ids=[*RULES, "data"])
-@pytest.mark.parametrize("shape", [(4, 2), (1, 8)], ids=str)
-def test_a_mesh_changes_no_number(shape, rules, simple_chip, eight_devices):
+@pytest.mark.parametrize(
+    ("data", "fsdp", "tensor", "rules"),
+    [(1, 4, 2, rules) for rules in (*RULES.values(), WITHOUT_PARTS_OF_F)] + [(2, 2, 2, RULES["sequence"])],
+    ids=[*RULES, "data", "replicas"],
+)
+def test_a_mesh_changes_no_number(data, fsdp, tensor, rules, simple_chip, eight_devices):
     arrays, x, dy = case((8, 16), hidden_dim=1024)
-    mesh = make_mesh(*shape)
+    mesh = make_mesh(fsdp, tensor, data=data)
     specs = MLPParams(**MLPParams.specs(MLPConfig(EMBED_DIM, 1024)))
     params = spread(samples.mlp_params(arrays, "float32"), mesh, rules, specs)
     stream = sharding.activation_sharding(x.shape, mesh, rules)

@@ -55,13 +55,10 @@ def test_tpu_scanned_stack_of_27b_fits_a_v5e():
     assert stack_bytes("tpu v5e:2x2", "scanned", "input", "gemma2_27b") <= 2300 * MIB
 
 
-@pytest.mark.parametrize("save", ["input", "gate_up"])
-def test_tpu_unrolled_stack(save):
-    """`gate_up` keeps what plain keeps there (measured on v5e: 1481 MiB against 1418), `input` two thirds of it."""
-    share = {"gate_up": 1.05, "input": 0.66}[save]
-    assert stack_bytes(TPUS[0], "unrolled", save, "gemma2_2b") <= share * stack_bytes(
-        TPUS[0], "unrolled", "plain", "gemma2_2b"
-    )
+def test_tpu_unrolled_stack():
+    """Two thirds of what plain keeps there; `gate_up` keeps as much as plain (1,481 MiB against 1,418)."""
+    plain = stack_bytes(TPUS[0], "unrolled", "plain", "gemma2_2b")
+    assert stack_bytes(TPUS[0], "unrolled", "input", "gemma2_2b") <= 0.66 * plain
 
 
 @pytest.mark.parametrize(("save", "share"), [("gate_up", 0.42), ("input", 0.22)])
