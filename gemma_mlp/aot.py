@@ -1,7 +1,8 @@
 """Compiles for accelerators that this machine does not have, and says what their compilers made of it.
 
-TPUs need `libtpu`; the H200 needs `jax-cuda13-plugin` and `jax-cuda13-pjrt` of JAX's own version. Both are in the `aot`
-extra; no chip, driver or CUDA library is needed. Set JAX_PLATFORMS=cpu before JAX starts, or JAX looks for the chips.
+TPUs need `libtpu`; the H200 needs `jax-cuda13-plugin` and `jax-cuda13-pjrt` of JAX's own version, and for kernels in
+Pallas `nvidia-cuda-nvcc` and `nvidia-nvvm`. All are in the `aot` extra; no chip, driver or CUDA library is needed. Set
+JAX_PLATFORMS=cpu before JAX starts, or JAX looks for the chips.
 """
 
 import contextlib

@@ -52,7 +52,7 @@ def main(argv):
 def time(config, report):
     preset = PRESETS[config.preset]
     peer = "torch" if all(map(importlib.util.find_spec, ("torch", "transformers"))) else None
-    refusals = {dtype: timing.kernels_refuse(preset, dtype, 1) for dtype in config.dtypes}
+    refusals = {dtype: timing.kernels_refuse(preset, dtype) for dtype in config.dtypes}
     kernels = ["pallas"] if None in refusals.values() else []
     contestants = ("ours", "input", "gate_up", "plain", *kernels, *([peer] if peer else []))
     for dtype, reason in refusals.items():

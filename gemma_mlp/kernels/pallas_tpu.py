@@ -23,9 +23,8 @@ from jaxtyping import Array, Float
 from gemma_mlp.activations import ACTIVATIONS, Activation
 from gemma_mlp.checks import require
 from gemma_mlp.dtypes import accumulation_dtype
-from gemma_mlp.kernels.products import ceil_div
+from gemma_mlp.kernels.products import LANES, ceil_div, round_up
 
-LANES = 128  # the width of vector registers: blocks of F are multiples of it
 ROWS = 16  # bfloat16 lies in tiles of 16 rows: blocks of tokens are multiples of it
 # Each weight is read once for a block of tokens: with 1,024 that is 1,024 FLOPs to a byte, of which a v6e needs 560 to
 # reach its peak (918 TFLOP/s, 1.64 TB/s: Google Cloud, TPU v6e); 512 would have it wait.
@@ -138,10 +137,10 @@ def _candidates(tokens, hidden_dim):
     while most >= ROWS:
         count = ceil_div(tokens, most)
         if tokens >= MANY_TOKENS:
-            count = _round_up(count, pltpu.get_tpu_info().num_cores)
+            count = round_up(count, pltpu.get_tpu_info().num_cores)
         share = ceil_div(tokens, count)
         turns = ceil_div(share, UNROLLED)
-        rows = _round_up(ceil_div(share, turns), ROWS)
+        rows = round_up(ceil_div(share, turns), ROWS)
         blocks += [Blocks(turns * rows, size, rows) for size in parts_of_hidden(hidden_dim)]
         most //= 2
     return blocks
@@ -188,7 +187,3 @@ def store(result, total):
         result[at] = total[at].astype(result.dtype)
 
     in_rows(ROWS, total.shape[0], store_rows)
-
-
-def _round_up(number, multiple):
-    return ceil_div(number, multiple) * multiple

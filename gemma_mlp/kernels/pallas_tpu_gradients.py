@@ -32,7 +32,7 @@ from gemma_mlp.kernels.pallas_tpu import (
     store,
     vmem_limit,
 )
-from gemma_mlp.kernels.products import ceil_div
+from gemma_mlp.kernels.products import ceil_div, round_up
 
 # Tokens of a step. For each block of F x, dy and dx pass by, 12 bytes for each of T D, for 16 FLOPs times the block's
 # width, whatever the number of tokens in a step: 683 FLOPs to a byte with 512, where a v6e needs 560.
@@ -107,7 +107,7 @@ def gradients(
 
 def _candidates(tokens, hidden_dim):
     """From large to small; of the same size those of F first, which decide how often all else is read."""
-    all_tokens = ceil_div(tokens, ROWS) * ROWS
+    all_tokens = round_up(tokens, ROWS)
     sizes = {min(MOST_TOKENS >> i, all_tokens) for i in range(MOST_TOKENS.bit_length()) if MOST_TOKENS >> i >= ROWS}
     blocks = [Blocks(size, part, size) for part in parts_of_hidden(hidden_dim) for size in sizes]
     return sorted(blocks, key=lambda b: (b.tokens * b.hidden, b.hidden), reverse=True)

@@ -25,11 +25,10 @@ from gemma_mlp.axes import Rules, constrain, count_shards, token_axis
 from gemma_mlp.config import Save
 from gemma_mlp.dtypes import accumulation_dtype, widest
 from gemma_mlp.kernels import pallas
-from gemma_mlp.kernels.products import ceil_div, in_slices, multiply, outer
+from gemma_mlp.kernels.products import LANES, ceil_div, in_slices, multiply, outer, round_up
 from gemma_mlp.params import MLPParams
 
 SLICES = 8  # of F in the backward pass around a GPU's kernel
-LANES = 128  # the width of a TPU's vector registers: slices of F are multiples of it
 HIDDEN_AXIS = {"gate_proj": 1, "up_proj": 1, "down_proj": 0, "gate_bias": 0, "up_bias": 0}
 
 
@@ -238,7 +237,7 @@ def _hidden_gradients(op, params, x_BD, mask_BF, kept, dy_BD):
 def _slice_size(op, x_BD, hidden_part):
     """As many slices of each device's part of F as the forward pass has chunks of tokens; more where `op.exact`."""
     chunks = 1 if op.chunk_size is None or x_BD.ndim < 2 else ceil_div(x_BD.shape[-2], op.chunk_size)
-    return ceil_div(ceil_div(hidden_part, max(chunks, SLICES if op.exact else 1)), LANES) * LANES
+    return round_up(ceil_div(hidden_part, max(chunks, SLICES if op.exact else 1)), LANES)
 
 
 class Cut(NamedTuple):

@@ -27,8 +27,9 @@ COMPILERS = {
 OTHERS = {"plain": plain, "remat": rematerialised}
 
 
-def config(preset, save="input", chunk_size=None):
-    return dataclasses.replace(PRESETS[preset], param_dtype="bfloat16", save=save, chunk_size=chunk_size)
+def config(preset, save="input", chunk_size=None, implementation=None):
+    options = {"save": save, "chunk_size": chunk_size, "implementation": implementation}
+    return dataclasses.replace(PRESETS[preset], param_dtype="bfloat16", **options)
 
 
 def params(config, layers=None):
@@ -76,9 +77,10 @@ STACKS = {"one": one, "scanned": scanned, "unrolled": unrolled}
 @functools.cache
 def stack_bytes(target, stack, layer, preset, triton=None, *, tokens=TOKENS, layers=LAYERS, chunk_size=None):
     """Temporary memory of the gradient of a stack of layers. `layer`: a save policy, "plain", "remat" or "pallas"."""
-    settings = config(preset) if layer in OTHERS or layer == "pallas" else config(preset, layer, chunk_size)
     if layer == "pallas":
-        settings = dataclasses.replace(settings, implementation="pallas")
+        settings = config(preset, implementation="pallas")
+    else:
+        settings = config(preset) if layer in OTHERS else config(preset, layer, chunk_size)
     function = STACKS[stack](OTHERS.get(layer) or apply(settings))
     x = stream(settings, tokens)
     arguments = (params(settings), x, x) if stack == "one" else (params(settings, layers), x)

@@ -4,7 +4,6 @@ A process of its own compiles, because the compilers tell of a kernel on the sta
 and abort where they find no libdevice.
 """
 
-import dataclasses
 import functools
 import json
 import os
@@ -74,7 +73,7 @@ def compiled_cases():
 @pytest.mark.parametrize("save", ["input", "gate_up"])
 @pytest.mark.parametrize("triton", [True, False])
 def test_gradient_of_a_scanned_stack_needs_no_more_than_by_xla(triton, save):
-    settings = dataclasses.replace(memory.config("gemma2_2b", save), implementation="pallas")
+    settings = memory.config("gemma2_2b", save, implementation="pallas")
     compiled = aot.compile_for(
         "h200",
         memory.scanned(memory.apply(settings)),
@@ -88,7 +87,7 @@ def test_gradient_of_a_scanned_stack_needs_no_more_than_by_xla(triton, save):
 
 @pytest.mark.parametrize("tokens", [1, 16])
 def test_decoding_makes_no_temporary_of_the_size_of_a_weight(tokens):
-    settings = dataclasses.replace(memory.config("gemma2_27b"), implementation="pallas")
+    settings = memory.config("gemma2_27b", implementation="pallas")
     compiled = aot.compile_for("h200", memory.apply(settings), memory.params(settings), memory.stream(settings, tokens))
     assert compiled.temp_bytes <= 0.02 * settings.embed_dim * settings.hidden_dim * 2
 
