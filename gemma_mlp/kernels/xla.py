@@ -23,7 +23,7 @@ from jaxtyping import Array, Float, Key
 from gemma_mlp.activations import ACTIVATIONS, Activation
 from gemma_mlp.axes import Rules, constrain, count_shards, token_axis
 from gemma_mlp.config import Save
-from gemma_mlp.dtypes import accumulation_dtype, widest
+from gemma_mlp.dtypes import accumulation_dtype
 from gemma_mlp.kernels import pallas
 from gemma_mlp.kernels.products import LANES, ceil_div, in_slices, multiply, outer, round_up
 from gemma_mlp.params import MLPParams
@@ -296,8 +296,7 @@ def _multiply(op, result, a, weight, transpose=False):
 
 def _outer(op, a, b, weight):
     """a.T @ b, summed over all leading axes: a weight's gradient, in the weight's dtype."""
-    result = widest(op.stored, weight.dtype)
-    return outer(a, b, result=result, dtype=op.dtype, on_cpu=op.on_cpu).astype(weight.dtype)
+    return outer(a, b, result=weight.dtype, dtype=op.dtype, on_cpu=op.on_cpu)
 
 
 def _total(d, bias):
