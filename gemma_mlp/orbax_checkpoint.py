@@ -1,22 +1,24 @@
 """Orbax checkpoints of any layout: the block's parameters out of them, and new ones of them."""
 
-import dataclasses
 import functools
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
-from jax.sharding import NamedSharding, PartitionSpec
+import tensorstore
 
 from gemma_mlp.checks import require_new
 from gemma_mlp.config import MLPConfig
-from gemma_mlp.dtypes import compute_dtype
 from gemma_mlp.layouts import detect
-from gemma_mlp.loading import Progress, Source, choose_layers, load, require_finite
+from gemma_mlp.loading import Part, Progress, Source, choose_layers, load, place, require_finite
 from gemma_mlp.params import MLPBlockParams
-from gemma_mlp.trees import LEAVES, Layout, Slot, block_leaves, count_layers, flatten, to_tree
+from gemma_mlp.trees import Layout, Slot, block_leaves, count_layers, flatten, to_tree
+
+CHUNK_BYTES = 2**22  # of a tensor that is written: as much is read and unpacked for any part of it
 
 
 def read_orbax(
@@ -30,7 +32,11 @@ def read_orbax(
     stacked: bool = False,
     progress: Progress | None = None,
 ) -> Any:
-    """The block's parameters from an Orbax checkpoint, restoring no other tensor.
+    """The block's parameters from an Orbax checkpoint, reading no other tensor.
+
+    Beside the result, the parts of one tensor that are read next are in memory, and the chunks that they lie in, packed
+    and unpacked: half a tensor at most of what :func:`write_orbax` wrote. Orbax by itself stores what one device held
+    as one chunk: twice a tensor, if all of it was on one.
 
     Args:
       path: the folder that Orbax's checkpointers write; in a step of a CheckpointManager, the item in it.
@@ -45,22 +51,20 @@ def read_orbax(
       ValueError: as :func:`read_huggingface`.
     """
     path = Path(path).absolute()
-    with ocp.PyTreeCheckpointer() as checkpointer:
-        tree = _metadata(checkpointer, path)
-        source = _open(path, tree, config, layout, layers)
-        last: dict[str, jax.Array] = {}  # the tensor restored last, which may hold several leaves
+    tree = _metadata(path)
+    source = _open(path, tree, config, layout, layers)
 
-        def fetch(slot: Slot, shape: tuple[int, ...], dtype: Any, sharding: Any) -> Sequence[jax.Shard]:
-            if slot.tensor not in last:
-                last.clear()
-                compute_dtype(source.tensors[slot.tensor].dtype)  # or JAX would narrow float64 without a word
-                last[slot.tensor] = _restore(checkpointer, path, tree, slot, sharding)
-            if slot.plus_one:  # whether it is exact is known from the values alone
-                return jax.device_put(slot.read(last[slot.tensor]).astype(dtype), sharding).addressable_shards
-            anonymous = dataclasses.replace(slot, tensor="")  # so that layers share one compilation
-            return jax.block_until_ready(_reader(sharding)(last[slot.tensor], anonymous, dtype)).addressable_shards
+    @functools.lru_cache(1)  # leaves of one tensor come in a row
+    def open_tensor(name: str) -> _Tensor:
+        return _Tensor(path, name, source.tensors[name])
 
-        return load(source, fetch, dtype=dtype, shardings=shardings, stacked=stacked, progress=progress)
+    def fetch(slot: Slot, shape: tuple[int, ...], dtype: Any, sharding: Any) -> Iterable[Part]:
+        def read(index: tuple[slice, ...]) -> np.ndarray:
+            return np.ascontiguousarray(slot.read(open_tensor(slot.tensor), index), dtype)
+
+        return place(read, shape, sharding, pieces=4 if stacked else 1)
+
+    return load(source, fetch, dtype=dtype, shardings=shardings, stacked=stacked, progress=progress)
 
 
 def orbax_shapes(
@@ -68,8 +72,7 @@ def orbax_shapes(
 ) -> list[MLPBlockParams]:
     """What :func:`read_orbax` would read, as `jax.ShapeDtypeStruct`s; errors are its own but for values."""
     path = Path(path).absolute()
-    with ocp.PyTreeCheckpointer() as checkpointer:
-        return _open(path, _metadata(checkpointer, path), config, layout, layers).shapes()
+    return _open(path, _metadata(path), config, layout, layers).shapes()
 
 
 def write_orbax(path: str | Path, params: Sequence[MLPBlockParams], layout: Layout) -> None:
@@ -83,8 +86,10 @@ def write_orbax(path: str | Path, params: Sequence[MLPBlockParams], layout: Layo
     for number, layer in enumerate(params):
         for leaf, array in block_leaves(layer).items():
             require_finite(f"{leaf} of layer {number}", array)
-    with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save(path, to_tree(params, layout))
+    tree = to_tree(params, layout)
+    chunked = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES), tree)
+    with ocp.PyTreeCheckpointer() as checkpointer:
+        checkpointer.save(path, args=ocp.args.PyTreeSave(tree, save_args=chunked))
 
 
 def _open(path: Path, tree: Any, config: MLPConfig, layout: Layout | None, layers: Sequence[int] | None) -> Source:
@@ -94,18 +99,11 @@ def _open(path: Path, tree: Any, config: MLPConfig, layout: Layout | None, layer
     return Source.of(layout, tensors, num_layers, choose_layers(num_layers, layers), lambda name: str(path))
 
 
-@functools.cache
-def _reader(sharding: Any) -> Any:
-    def read(tensor, slot, dtype):
-        return slot.read(tensor).astype(dtype)
-
-    return jax.jit(read, static_argnums=(1, 2), out_shardings=sharding)
-
-
-def _metadata(checkpointer: ocp.PyTreeCheckpointer, path: Path) -> Any:
+def _metadata(path: Path) -> Any:
     """The checkpoint's tree, with shapes and dtypes in place of arrays."""
     try:
-        metadata = checkpointer.metadata(path).item_metadata
+        with ocp.PyTreeCheckpointer() as checkpointer:
+            metadata = checkpointer.metadata(path).item_metadata
         assert metadata is not None
         return metadata.tree
     except Exception as error:  # Orbax documents none
@@ -114,19 +112,27 @@ def _metadata(checkpointer: ocp.PyTreeCheckpointer, path: Path) -> Any:
         ) from error
 
 
-def _restore(checkpointer: ocp.PyTreeCheckpointer, path: Path, tree: Any, slot: Slot, sharding: Any) -> jax.Array:
-    """The tensor of `slot`, spread as its leaf is to be, so that no device gets more of it than it keeps."""
-    names, (leaves, treedef) = list(flatten(tree, "/")), jax.tree.flatten(tree)
-    place = names.index(slot.tensor)
-    if isinstance(sharding, NamedSharding):
-        axes = dict(zip(LEAVES[slot.leaf], (*sharding.spec, None, None)))
-        spec = (axes[at] if isinstance(at, str) else None for at in slot.at)
-        sharding = NamedSharding(sharding.mesh, PartitionSpec(*spec))
-    wanted = jax.ShapeDtypeStruct(leaves[place].shape, leaves[place].dtype, sharding=sharding)
-    item = jax.tree.unflatten(treedef, [wanted if i == place else ocp.PLACEHOLDER for i in range(len(leaves))])
-    arguments = ocp.args.PyTreeRestore(item, ocp.checkpoint_utils.construct_restore_args(item))
-    try:
-        restored = checkpointer.restore(path, args=arguments)
-    except Exception as error:  # Orbax documents none
-        raise ValueError(f"{slot.tensor} in {path} is whole. Received: {error}. Fix: save or copy it again.") from error
-    return jax.block_until_ready(flatten(restored, "/")[slot.tensor])
+class _Tensor:
+    """A tensor in a checkpoint, of which any part can be read: Orbax restores whole ones, TensorStore reads parts."""
+
+    def __init__(self, path: Path, name: str, metadata: Any):
+        self._where = f"{name} in {path}"
+        # Parts of one chunk are read one after the other: kept, it is decoded once.
+        kept = 2 * math.prod(metadata.storage.chunk_shape) * metadata.dtype.itemsize
+        folder = {"driver": "file", "path": f"{path}/"}
+        if ocp.type_handlers.is_ocdbt_checkpoint(path):
+            store = {"driver": "ocdbt", "base": folder, "path": f"{metadata.name}/"}
+        else:
+            store = {**folder, "path": f"{path}/{metadata.name}/"}
+        context = tensorstore.Context({"cache_pool": {"total_bytes_limit": kept}})
+        spec = {"driver": "auto", "kvstore": store}
+        self._tensor = self._wait(tensorstore.open(spec, read=True, context=context))
+
+    def __getitem__(self, index: Any) -> np.ndarray:
+        return self._wait(self._tensor[index].read())
+
+    def _wait(self, future: Any) -> Any:
+        try:
+            return future.result()
+        except Exception as error:  # TensorStore documents none
+            raise ValueError(f"{self._where} is whole. Received: {error}. Fix: save or copy it again.") from error

@@ -92,7 +92,15 @@ WAYS = {  # name: (how, the largest tensor of the checkpoint in bytes)
     ),
     "stacked_one_device": (lambda path, config: checkpoint.read_huggingface(path / "hf", stacked=True), one),
     "deepmind": (lambda path, config: checkpoint.read_orbax(path / "deepmind", config, shardings=shardings()), pair),
+    "deepmind_stacked": (
+        lambda path, config: checkpoint.read_orbax(path / "deepmind", config, shardings=shardings(None), stacked=True),
+        pair,
+    ),
     "maxtext": (lambda path, config: checkpoint.read_orbax(path / "maxtext", config, shardings=shardings()), pair),
+    "maxtext_stacked_one_device": (
+        lambda path, config: checkpoint.read_orbax(path / "maxtext", config, stacked=True),
+        pair,
+    ),
 }
 
 if way == "write":

@@ -30,11 +30,19 @@ def full_size(folder, way):
     return run("full_size.py", folder, "gemma2_2b", 2, way, **ENVIRONMENT)
 
 
-# Of the largest tensor. Orbax reads ahead in threads of its own: 0.75 to 1.25 measured, by what else the machine does.
-BOUNDS = {"one_device": 1.2, "mesh": 1.2, "stacked": 1.2, "stacked_one_device": 1.2, "deepmind": 1.6, "maxtext": 1.6}
+WAYS = [
+    "one_device",
+    "mesh",
+    "stacked",
+    "stacked_one_device",
+    "deepmind",
+    "deepmind_stacked",
+    "maxtext",
+    "maxtext_stacked_one_device",
+]
 
 
-@pytest.mark.parametrize(("way", "bound"), BOUNDS.items())
-def test_there_and_back_within_the_largest_tensor(folder, way, bound):
+@pytest.mark.parametrize("way", WAYS)
+def test_there_and_back_within_the_largest_tensor(folder, way):
     peak, largest = map(int, full_size(folder, way).split())
-    assert peak <= bound * largest
+    assert peak <= 1.2 * largest
