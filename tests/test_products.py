@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from gemma_mlp import MLPConfig, MLPParams, feed_forward
 from gemma_mlp.kernels import products
 from tests import samples
 from tests.reference import relative_error
@@ -56,3 +57,12 @@ def test_outer_inside_a_transformation(transform, result):
     }[transform]
     got = jax.jit(function)(a_bf16, b_bf16)
     assert relative_error(got, np.einsum("ltd,ltf->ldf", a, b)) <= BOUNDS[result]
+
+
+def test_no_weights_gradient_is_whole_in_float32():
+    """Its sums are rounded block by block: at few tokens the time of a gradient is that of writing these."""
+    params = jax.tree.map(lambda a: a.astype("bfloat16"), MLPParams.init(MLPConfig(24, 40), jax.random.key(0)))
+    gradients = jax.grad(lambda params, x: feed_forward(params, x).astype("float32").sum())
+    program = str(jax.make_jaxpr(gradients)(params, jnp.ones((4, 24), "bfloat16")))
+    assert "bf16[24,40]" in program and "f32[12,40]" in program  # a block of two
+    assert "f32[24,40]" not in program and "f32[40,24]" not in program
