@@ -1,8 +1,10 @@
 """The MLP and the whole block around it, as a config describes them."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
+import jax
 from jaxtyping import Array, Float, Key
 
 from gemma_mlp.config import MLPConfig
@@ -40,8 +42,8 @@ def mlp_block(
 
     Gemma 1 has no post_norm. Norms and sum are float32; the residual stream keeps the dtype of x.
 
-    JAX differentiates the norms, for which it keeps several float32 [*B, D]; in a deep stack put `jax.checkpoint`
-    around the block, which leaves x alone.
+    With `save="input"` the backward pass keeps x, what the MLP receives and what it returns, [*B, D] each in the
+    dtypes that they have; the norms are computed again. `jax.checkpoint` around the block leaves x alone.
 
     Args:
       params: as `MLPBlockParams.init(config, key)` makes them.
@@ -64,6 +66,10 @@ def mlp_block(
     )
 
 
+# Of a norm JAX would keep several float32 [*B, D]. With barriers unrolled stacks take more memory on TPUs.
+_computed_again = functools.partial(jax.checkpoint, prevent_cse=False)
+
+
 def add_branch(
     x: Float[Array, "*B D"],
     branch: Callable[[Array], Array],
@@ -74,14 +80,22 @@ def add_branch(
 ) -> Float[Array, "*B D"]:
     """x + post_norm(branch(pre_norm(x))), float32 but for what the branch receives, rounded once."""
     wide = accumulation_dtype(x.dtype, config.dtype or x.dtype)
-    x_BD = x.astype(wide)
-    normed_BD = rms_norm(
-        pre_scale, x_BD, eps=config.norm_eps, dtype=compute_dtype(config.dtype, x=x, pre_scale=pre_scale)
-    )
-    y_BD = branch(normed_BD).astype(wide)
+    dtype = compute_dtype(config.dtype, x=x, pre_scale=pre_scale)
+
+    @_computed_again
+    def before(pre_scale, x_BD):
+        x_BD = x_BD.astype(wide)  # here, so that both of its gradients are added before they are rounded
+        return x_BD, rms_norm(pre_scale, x_BD, eps=config.norm_eps, dtype=dtype)
+
+    @_computed_again
+    def after(post_scale, y_BD):
+        return rms_norm(post_scale, y_BD, eps=config.norm_eps, dtype=wide)
+
+    x_BD, normed_BD = before(pre_scale, x)
+    y_BD = branch(normed_BD)
     if post_scale is not None:
-        y_BD = rms_norm(post_scale, y_BD, eps=config.norm_eps, dtype=wide)
-    return (x_BD + y_BD).astype(x.dtype)
+        y_BD = after(post_scale, y_BD)
+    return (x_BD + y_BD.astype(wide)).astype(x.dtype)
 
 
 def _options(config: MLPConfig, dropout_key: Key[Array, ""] | None) -> dict[str, Any]:

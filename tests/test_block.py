@@ -95,6 +95,15 @@ def test_the_residual_stream_keeps_its_dtype():
     assert relative_error(added, reference.block(arrays, x, "gelu_tanh", EPS) - x) <= 5e-3
 
 
+def test_saved_residuals():
+    """What the block, the MLP and the post-norm receive, in bfloat16: none of a norm's float32 arrays."""
+    arrays, x, _ = case((3, 5))
+    params, x = samples.block_params(arrays, "bfloat16"), jnp.asarray(x, "bfloat16")
+    _, pull_back = jax.vjp(functools.partial(mlp_block, config=MLPConfig(EMBED_DIM, HIDDEN_DIM)), params, x)
+    leaves = [leaf for leaf in jax.tree.leaves(pull_back) if hasattr(leaf, "shape")]
+    assert [leaf.dtype.name for leaf in leaves if leaf.shape[:2] == (3, 5)] == ["bfloat16"] * 3
+
+
 def test_dropout_acts_only_with_a_key():
     arrays, x, _ = case((3,))
     params, x = samples.block_params(arrays, "float32"), jnp.float32(x)
