@@ -29,9 +29,12 @@ def multiply(a, weight, *, result, dtype, on_cpu=False, transpose=False):
     return _dot(a, weight, (a.ndim - 1,), (1 if transpose else 0,), result, dtype)
 
 
-def outer(a, b, *, result, dtype, on_cpu=False):
-    """a.T @ b, summed over all leading axes: operands in `dtype`, result in `result`."""
-    if on_cpu and dtype == jnp.bfloat16 and math.prod(a.shape[:-1]) > 1:
+def outer(a, b, *, result, dtype, on_cpu=False, sharded=False):
+    """a.T @ b, summed over all leading axes: operands in `dtype`, result in `result`.
+
+    `sharded`: whether devices have parts of it, which blocks across them would send to and fro.
+    """
+    if on_cpu and not sharded and dtype == jnp.bfloat16 and math.prod(a.shape[:-1]) > 1:
         return _outer_in_blocks(_flat(a, dtype), _flat(b, dtype), result)
     tokens = tuple(range(a.ndim - 1))
     # A CPU's product whose result is bfloat16 need not have been summed in float32.

@@ -296,7 +296,8 @@ def _multiply(op, result, a, weight, transpose=False):
 
 def _outer(op, a, b, weight):
     """a.T @ b, summed over all leading axes: a weight's gradient, in the weight's dtype."""
-    return outer(a, b, result=weight.dtype, dtype=op.dtype, on_cpu=op.on_cpu)
+    sharded = op.axis_rules is not None
+    return outer(a, b, result=weight.dtype, dtype=op.dtype, on_cpu=op.on_cpu, sharded=sharded)
 
 
 def _total(d, bias):
