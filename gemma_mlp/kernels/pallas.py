@@ -77,10 +77,32 @@ def hidden(
 
         weights = [weight.astype(x.dtype) for weight in weights]
         results = pallas_gpu.hidden(_rows(x), *weights, activation=activation, keep=keep)
-        return tuple(a.reshape(*x.shape[:-1], a.shape[-1]) for a in results)
+        return tuple(_as_tokens(a, x) for a in results)
 
     out_specs = [split.hidden] * (3 if keep else 1)
     return split.run(compute, [split.rows, *split.weights[:2]], out_specs, x, *_weights(params)[:2])
+
+
+def hidden_gradients(
+    params: MLPParams,
+    dy: Float[Array, "*B D"],
+    gate: Float[Array, "*B F"],
+    up: Float[Array, "*B F"],
+    *,
+    activation: Activation,
+    rules: Rules | None,
+) -> tuple[Float[Array, "*B F"], ...]:
+    """h and the gradients of gate and up, in the dtype of dy, on a GPU."""
+    split = Split(dy.shape, gate.shape[-1], rules)
+
+    def compute(dy, down_proj, *gate_up):
+        from gemma_mlp.kernels import pallas_gpu
+
+        rows = _rows(dy), down_proj.astype(dy.dtype), *map(_rows, gate_up)
+        return tuple(_as_tokens(a, dy) for a in pallas_gpu.hidden_gradients(*rows, activation=activation))
+
+    in_specs = [split.rows, split.weights[2], split.hidden, split.hidden]
+    return split.run(compute, in_specs, [split.hidden] * 3, dy, params.down_proj, gate, up)
 
 
 def gradients(
@@ -107,6 +129,10 @@ def _weights(params):
 
 def _rows(x):
     return x.reshape(-1, x.shape[-1])
+
+
+def _as_tokens(rows, x):
+    return rows.reshape(*x.shape[:-1], rows.shape[-1])
 
 
 def _platform():

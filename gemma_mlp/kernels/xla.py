@@ -214,6 +214,9 @@ def _gradients_over_hidden(op, params, x_BD, mask_BF, kept, dy_BD) -> tuple[dict
 
 def _hidden_gradients(op, params, x_BD, mask_BF, kept, dy_BD):
     """h and the gradients of gate and up, in the compute dtype."""
+    if op.kernels == "gpu" and kept:
+        dy_BD = dy_BD.astype(op.dtype)
+        return pallas.hidden_gradients(params, dy_BD, *kept, activation=op.activation, rules=op.axis_rules)
     stored = op.wide if op.exact else op.stored
     dh_BF = _over_hidden(op, _multiply(op, stored, dy_BD, params.down_proj, transpose=True))
     # A 1 that the compiler does not know and has only after dh: without it an unrolled stack shares what is computed
