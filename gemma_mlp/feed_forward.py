@@ -71,9 +71,9 @@ def feed_forward(
         `length`. None, or no mesh: XLA decides.
       implementation: `xla`: XLA's products, on every backend. `pallas`: the kernels of the device compiled for (the
         mesh's in force, or JAX's default); see :mod:`gemma_mlp.kernels.pallas_tpu` and `pallas_gpu`. Gate, up and
-        the gradient of h are not rounded where a kernel has them. On a TPU no [*B, F] is made, so that there is no
-        `mlp_hidden` to save and chunk_size changes nothing. None: the fastest known, which is `xla` until a kernel
-        has been measured on hardware.
+        the gradient of h are not rounded where a kernel has them. On a TPU no [*B, F] is made but what `gate_up`
+        keeps, so that there is no `mlp_hidden` to save and chunk_size changes nothing. None: the fastest known, which
+        is `xla` until a kernel has been measured on hardware.
 
     Returns:
       y, [*B, D], in the compute dtype.

@@ -35,10 +35,22 @@ def small_blocks(monkeypatch, version=V5E, cores=1):
     jax.clear_caches()
 
 
+def without_aliases_of_tails(pallas_call, *args, **options):
+    """The interpreter fails where a last block that is not full is of an array in place of another."""
+
+    def is_full(i):
+        return options["out_shape"][i].shape[0] % options["out_specs"][i].block_shape[0] == 0
+
+    aliases = options.pop("input_output_aliases", {})
+    aliases = {given: i for given, i in aliases.items() if is_full(i)}
+    return pallas_call(*args, input_output_aliases=aliases, **options)
+
+
 @pytest.fixture(params=[(V5E, 1)], ids=str)
 def chip(request, monkeypatch):
     version, cores = request.param
     small_blocks(monkeypatch, version, cores)
+    monkeypatch.setattr(pl, "pallas_call", functools.partial(without_aliases_of_tails, pl.pallas_call))
     interpreter = importlib.import_module("jax._src.pallas.mosaic.interpret.interpret_pallas_call")
     options = pltpu.InterpretParams(detect_races=True, num_cores_or_threads=cores)
     with pltpu.force_tpu_interpret_mode(options):
@@ -63,38 +75,55 @@ def case(batch, embed_dim=EMBED_DIM, hidden_dim=HIDDEN_DIM):
 
 
 @pytest.mark.parametrize("chip", [(V5E, 1), (V5P, 2)], indirect=True, ids=str)
+@pytest.mark.parametrize("save", ["input", "gate_up"])
 @pytest.mark.parametrize("batch", [(), (16,), (40,), (2, 65)], ids=str)
-def test_bfloat16_is_at_the_floor(batch, chip):
+def test_bfloat16_is_at_the_floor(batch, save, chip):
     arrays, x, dy = case(batch)
     exact = oracle(arrays, x, dy, "gelu_tanh")
-    floor = floor_errors(arrays, x, dy, "gelu_tanh", exact, "input")
-    result = run(arrays, x, dy, "bfloat16", jit=True, implementation="pallas")
+    floor = floor_errors(arrays, x, dy, "gelu_tanh", exact, save)
+    result = run(arrays, x, dy, "bfloat16", jit=True, save=save, implementation="pallas")
     assert {leaf.dtype.name for leaf in jax.tree.leaves(result)} == {"bfloat16"}
     for name, error in errors(result, exact).items():
         assert error <= FLOOR_FACTOR * floor[name], name
 
 
 @pytest.mark.parametrize("activation", ["gelu_tanh", "silu", "relu", "sigmoid", "identity"])
-def test_float32_equals_the_oracle(activation, chip):
+@pytest.mark.parametrize("save", ["input", "gate_up"])
+def test_float32_equals_the_oracle(save, activation, chip):
     arrays, x, dy = case((70,))
-    result = run(arrays, x, dy, "float32", jit=True, activation=activation, implementation="pallas")
+    result = run(arrays, x, dy, "float32", jit=True, activation=activation, save=save, implementation="pallas")
     for name, error in errors(result, oracle(arrays, x, dy, activation)).items():
         assert error <= FLOAT32_BOUND, name
 
 
-def test_float32_weights_in_bfloat16(chip):
+@pytest.mark.parametrize("save", ["input", "gate_up"])
+def test_float32_weights_in_bfloat16(save, chip):
     """The weights are rounded as they arrive; what is rounded last is their gradients, to float32."""
     arrays, x, dy = case((70,))
-    result = run(arrays, x, dy, "bfloat16", jit=True, param_dtype="float32", dtype="bfloat16", implementation="pallas")
+    options = {"param_dtype": "float32", "dtype": "bfloat16", "save": save, "implementation": "pallas"}
+    result = run(arrays, x, dy, "bfloat16", jit=True, **options)
     assert {leaf.dtype.name for leaf in jax.tree.leaves(result[1])} == {"float32"}
     exact = oracle(arrays, x, dy, "gelu_tanh")
-    floor = floor_errors(arrays, x, dy, "gelu_tanh", exact, "input", weights=lambda a: a)
+    floor = floor_errors(arrays, x, dy, "gelu_tanh", exact, save, weights=lambda a: a)
     for name, error in errors(result, exact).items():
         assert error <= FLOOR_FACTOR * floor[name], name
 
 
-def test_a_rematerialised_scan_is_that_of_xla(simple_chip):
-    config = MLPConfig(EMBED_DIM, HIDDEN_DIM)
+@pytest.mark.parametrize("save", ["input", "gate_up"])
+def test_chunks_change_nothing(save, chip):
+    arrays, x, dy = case((70,))
+    params, x, dy = samples.mlp_params(arrays, "float32"), jnp.asarray(x), jnp.asarray(dy)
+
+    def program(chunk_size):
+        apply = functools.partial(feed_forward, save=save, chunk_size=chunk_size, implementation="pallas")
+        return str(jax.make_jaxpr(functools.partial(samples.value_and_pullback, apply))(params, x, dy))
+
+    assert program(24) == program(None)
+
+
+@pytest.mark.parametrize("save", ["input", "gate_up"])
+def test_a_rematerialised_scan_is_that_of_xla(save, simple_chip):
+    config = MLPConfig(EMBED_DIM, HIDDEN_DIM, save=save)
     params = jax.vmap(lambda key: MLPParams.init(config, key))(jax.random.split(jax.random.key(0), 2))
     x = jax.random.normal(jax.random.key(1), (2, 20, EMBED_DIM))
 
@@ -117,18 +146,19 @@ WITHOUT_PARTS_OF_F = (
 
 
 @pytest.mark.parametrize(
-    ("data", "fsdp", "tensor", "rules"),
-    [(1, 4, 2, rules) for rules in (*RULES.values(), WITHOUT_PARTS_OF_F)] + [(2, 2, 2, RULES["sequence"])],
-    ids=[*RULES, "data", "replicas"],
+    ("data", "fsdp", "tensor", "rules", "save"),
+    [(1, 4, 2, rules, "input") for rules in (*RULES.values(), WITHOUT_PARTS_OF_F)]
+    + [(2, 2, 2, RULES["sequence"], save) for save in ("input", "gate_up")],
+    ids=[*RULES, "data", "replicas", "replicas-gate_up"],
 )
-def test_a_mesh_changes_no_number(data, fsdp, tensor, rules, simple_chip, eight_devices):
+def test_a_mesh_changes_no_number(data, fsdp, tensor, rules, save, simple_chip, eight_devices):
     arrays, x, dy = case((8, 16), hidden_dim=1024)
     mesh = make_mesh(fsdp, tensor, data=data)
     specs = MLPParams(**MLPParams.specs(MLPConfig(EMBED_DIM, 1024)))
     params = spread(samples.mlp_params(arrays, "float32"), mesh, rules, specs)
     stream = sharding.activation_sharding(x.shape, mesh, rules)
     x_there, dy_there = (jax.device_put(jnp.asarray(a, "float32"), stream) for a in (x, dy))
-    apply = functools.partial(feed_forward, axis_rules=rules, implementation="pallas")
+    apply = functools.partial(feed_forward, axis_rules=rules, save=save, implementation="pallas")
     with jax.set_mesh(mesh):
         result = jax.jit(functools.partial(samples.value_and_pullback, apply))(params, x_there, dy_there)
     for name, error in errors(result, oracle(arrays, x, dy, "gelu_tanh")).items():
@@ -152,7 +182,8 @@ def blocks_of(monkeypatch, module, version, cores, preset, tokens):
     shapes = (tokens, size.embed_dim), (size.embed_dim, size.hidden_dim), (size.hidden_dim, size.embed_dim)
     x, gate, down = (jax.ShapeDtypeStruct(shape, "bfloat16") for shape in shapes)
     backward = module is pallas_tpu_gradients
-    kernel = functools.partial(module.gradients if backward else module.feed_forward, activation="gelu_tanh")
+    options = {"activation": "gelu_tanh"} | ({} if backward else {"keep": False})
+    kernel = functools.partial(module.gradients if backward else module.feed_forward, **options)
     jax.eval_shape(kernel, *([x, x] if backward else [x]), gate, gate, down)
     return tuple(chosen[0])
 
@@ -177,8 +208,7 @@ def test_blocks_fill_the_chips_memory(version, cores, preset, tokens, forward, b
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"save": "gate_up"}, "backward pass on tpu for save='input'"),
-        ({"save": "autodiff"}, "backward pass on tpu for save='input'"),
+        ({"save": "autodiff"}, "has a backward pass of its own"),
         ({"activation": "gelu"}, "has no erfc on TPUs"),
         ({"dropout_rate": 0.5, "dropout_key": jax.random.key(0)}, "has no dropout"),
         ({"use_bias": True}, "has no biases"),

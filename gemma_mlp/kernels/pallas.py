@@ -37,13 +37,7 @@ def choose(
     _require(kernels[platform] == "gpu" or activation != "gelu", "has no erfc on TPUs", "activation 'gelu'")
     _require(dropout_rate == 0, "has no dropout", f"dropout_rate {dropout_rate}")
     _require(params.gate_bias is None, "has no biases, as Gemma has none", "biases")
-    saves = {"tpu": ("input",), "gpu": ("input", "gate_up")}[kernels[platform]]
-    _require(
-        save in saves,
-        f"has a backward pass on {platform} for save={' and '.join(map(repr, saves))}",
-        repr(save),
-        "use save='input': a TPU's kernel computes gate and up again without any memory",
-    )
+    _require(save != "autodiff", "has a backward pass of its own", f"save={save!r}", "use save='input' or 'gate_up'")
     _require(
         mesh_to_split() is None or rules is not None,
         "runs on a mesh of several devices where axis_rules say what is split",
@@ -54,16 +48,18 @@ def choose(
 
 
 def feed_forward(
-    params: MLPParams, x: Float[Array, "*B D"], *, activation: Activation, rules: Rules | None
-) -> Float[Array, "*B D"]:
-    """y, in the dtype of x, on a TPU."""
+    params: MLPParams, x: Float[Array, "*B D"], *, activation: Activation, keep: bool, rules: Rules | None
+) -> tuple[Array, ...]:
+    """y [*B, D] and, to `keep`, gate and up [*B, F], in the dtype of x, on a TPU."""
     split = Split(x.shape, params.gate_proj.shape[1], rules)
 
-    def compute(x, gate_proj, up_proj, down_proj):
-        y = pallas_tpu.feed_forward(_rows(x), gate_proj, up_proj, down_proj, activation=activation)
-        return (split.add_over_hidden(y.reshape(x.shape)),)
+    def compute(x, *weights):
+        results = pallas_tpu.feed_forward(_rows(x), *weights, activation=activation, keep=keep)
+        y, *gate_up = (_as_tokens(a, x) for a in results)
+        return split.add_over_hidden(y), *gate_up
 
-    return split.run(compute, [split.rows, *split.weights], [split.stream], x, *_weights(params))[0]
+    out_specs = [split.stream, *[split.hidden] * (2 if keep else 0)]
+    return split.run(compute, [split.rows, *split.weights], out_specs, x, *_weights(params))
 
 
 def hidden(
@@ -121,6 +117,29 @@ def gradients(
     in_specs = [split.rows, split.rows, *split.weights]
     dx, *dweights = split.run(compute, in_specs, [split.stream, *split.dweights], x, dy, *_weights(params))
     return MLPParams(*dweights), dx
+
+
+def gradients_from_kept(
+    params: MLPParams,
+    dy: Float[Array, "*B D"],
+    gate: Float[Array, "*B F"],
+    up: Float[Array, "*B F"],
+    *,
+    activation: Activation,
+    rules: Rules | None,
+) -> tuple[Float[Array, "*B F"], Float[Array, "*B F"], Float[Array, "F D"]]:
+    """The gradients of gate and up, in their dtype, and of down_proj, in its, on a TPU."""
+    split = Split(dy.shape, gate.shape[-1], rules)
+
+    def compute(dy, gate, up, down_proj):
+        dgate, dup, ddown_proj = pallas_tpu_gradients.gradients_from_kept(
+            _rows(dy), _rows(gate), _rows(up), down_proj, activation=activation
+        )
+        return _as_tokens(dgate, dy), _as_tokens(dup, dy), split.add_over_tokens(ddown_proj, 1)
+
+    in_specs = [split.rows, split.hidden, split.hidden, split.weights[2]]
+    out_specs = [split.hidden, split.hidden, split.dweights[2]]
+    return split.run(compute, in_specs, out_specs, dy, gate, up, params.down_proj)
 
 
 def _weights(params):

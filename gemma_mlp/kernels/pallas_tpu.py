@@ -44,8 +44,12 @@ def feed_forward(
     down_proj: Float[Array, "F D"],
     *,
     activation: Activation,
-) -> Float[Array, "T D"]:
-    """y = (activation(x W_gate) * (x W_up)) W_down, in the dtype of x; it needs no memory but its result's."""
+    keep: bool,
+) -> tuple[Array, ...]:
+    """y = (activation(x W_gate) * (x W_up)) W_down [T, D] and, to `keep`, gate and up [T, F], in the dtype of x.
+
+    It needs no memory but its results'.
+    """
     (tokens, embed_dim), dtype, weight_dtype = x.shape, x.dtype, gate_proj.dtype
     hidden_dim = gate_proj.shape[1]
     wide = accumulation_dtype(dtype)
@@ -53,18 +57,23 @@ def feed_forward(
     def vmem_bytes(blocks):
         row = embed_dim * (2 * 2 * dtype.itemsize + wide.itemsize)  # twice: in use, and on its way
         column = 3 * embed_dim * (2 * weight_dtype.itemsize + dtype.itemsize * (weight_dtype != dtype))
-        return row * blocks.tokens + (column + 6 * blocks.rows * wide.itemsize) * blocks.hidden
+        kept = 2 * 2 * dtype.itemsize * blocks.tokens * keep
+        return row * blocks.tokens + (column + kept + 6 * blocks.rows * wide.itemsize) * blocks.hidden
 
     require_sizes(embed_dim, hidden_dim)
     blocks = choose_blocks(_candidates(tokens, hidden_dim), vmem_bytes)
     stream = pl.BlockSpec((blocks.tokens, embed_dim), lambda i, j: (i, 0))
     gate_up = pl.BlockSpec((embed_dim, blocks.hidden), lambda i, j: (0, j))
+    kept = pl.BlockSpec((blocks.tokens, blocks.hidden), lambda i, j: (i, j))
     return pl.pallas_call(
         functools.partial(_kernel, activation, blocks.rows),
-        out_shape=jax.ShapeDtypeStruct(x.shape, dtype),
+        out_shape=(
+            jax.ShapeDtypeStruct(x.shape, dtype),
+            *[jax.ShapeDtypeStruct((tokens, hidden_dim), dtype)] * (2 if keep else 0),
+        ),
         grid=(ceil_div(tokens, blocks.tokens), hidden_dim // blocks.hidden),
         in_specs=[stream, gate_up, gate_up, pl.BlockSpec((blocks.hidden, embed_dim), lambda i, j: (j, 0))],
-        out_specs=stream,
+        out_specs=(stream, *[kept] * (2 if keep else 0)),
         scratch_shapes=[pltpu.VMEM((blocks.tokens, embed_dim), wide)],
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=vmem_limit()
@@ -73,13 +82,18 @@ def feed_forward(
     )(x, gate_proj, up_proj, down_proj)
 
 
-def _kernel(activation, rows, x, gate_proj, up_proj, down_proj, y, sum_TD):
+def _kernel(activation, rows, x, gate_proj, up_proj, down_proj, y, *rest):
+    *kept, sum_TD = rest
+
     @pl.when(pl.program_id(1) == 0)
     def _():
         fill_zeros(sum_TD)
 
     def compute(at):
-        h = gated(activation, multiply(x[at], gate_proj), multiply(x[at], up_proj))
+        gate_up = multiply(x[at], gate_proj), multiply(x[at], up_proj)
+        for result, array in zip(kept, gate_up):
+            result[at] = array.astype(result.dtype)
+        h = gated(activation, *gate_up)
         sum_TD[at] += multiply(h.astype(x.dtype), down_proj)
 
     in_rows(rows, x.shape[0], compute)

@@ -1,11 +1,15 @@
-"""The feed-forward's backward pass for TPUs, in one kernel (Pallas, Mosaic): no [T, F] is in memory.
+"""The feed-forward's backward pass for TPUs (Pallas, Mosaic): one kernel for all of it, one where gate and up are kept.
 
-The grid goes through blocks of F and, for each, through all tokens: gate, up and dh of a block are computed again in
-VMEM, the gradients of its weights are summed there, in float32, and written once. The gradient of x, which all blocks
-of F add to, is in memory in float32; each step fetches its rows, adds and sends them back.
+The grids go through blocks of F and, for each, through all tokens. Products are summed in float32 and stay so in VMEM,
+as do the sums over tokens that weights' gradients are: each result is rounded once and written once.
 
-The weights' gradients take the place of the weights that the kernel is given, whose blocks are read once, before: where
-these are a copy already, as in a scan over layers, the gradients need no memory of their own.
+Where nothing is kept no [T, F] is in memory: gate, up and dh of a block are computed again in VMEM. The gradient of x,
+which all blocks of F add to, is in memory in float32; each step fetches its rows, adds and sends them back. Where gate
+and up are kept their gradients and that of W_down are the kernel's, without an h or dh in memory; the products of these
+with x and with the weights are XLA's.
+
+The gradients take the place of the weights, and of gate and up, that a kernel is given, whose blocks are read once,
+before: where these are copies already, as in a scan over layers, the gradients need no memory of their own.
 """
 
 import functools
@@ -105,6 +109,45 @@ def gradients(
     return jnp.sum(dx, axis=0)[:tokens], *dweights
 
 
+def gradients_from_kept(
+    dy: Float[Array, "T D"],
+    gate: Float[Array, "T F"],
+    up: Float[Array, "T F"],
+    down_proj: Float[Array, "F D"],
+    *,
+    activation: Activation,
+) -> tuple[Float[Array, "T F"], Float[Array, "T F"], Float[Array, "F D"]]:
+    """The gradients of gate, of up and of W_down, in their dtypes, for the gradient dy of y."""
+    (tokens, embed_dim), dtype, weight_dtype = dy.shape, dy.dtype, down_proj.dtype
+    hidden_dim = down_proj.shape[0]
+    wide = accumulation_dtype(dtype)
+
+    def vmem_bytes(blocks):
+        row = (embed_dim + 4 * blocks.hidden) * 2 * dtype.itemsize + 8 * blocks.hidden * wide.itemsize
+        column = embed_dim * (4 * weight_dtype.itemsize + wide.itemsize)
+        cast = embed_dim * dtype.itemsize * (weight_dtype != dtype)
+        return row * blocks.tokens + (column + cast) * blocks.hidden
+
+    require_sizes(embed_dim, hidden_dim)
+    blocks = choose_blocks(_candidates(tokens, hidden_dim), vmem_bytes)
+    part = pl.BlockSpec((blocks.tokens, blocks.hidden), lambda j, i: (i, j))
+    weight = pl.BlockSpec((blocks.hidden, embed_dim), lambda j, i: (j, 0))
+    given = gate, up, down_proj
+    return pl.pallas_call(
+        functools.partial(_kernel_from_kept, activation, tokens),
+        out_shape=tuple(jax.ShapeDtypeStruct(a.shape, a.dtype) for a in given),
+        grid=(hidden_dim // blocks.hidden, ceil_div(tokens, blocks.tokens)),
+        in_specs=[pl.BlockSpec((blocks.tokens, embed_dim), lambda j, i: (i, 0)), part, part, weight],
+        out_specs=(part, part, weight),
+        input_output_aliases={1: 0, 2: 1, 3: 2},
+        scratch_shapes=[pltpu.VMEM((blocks.hidden, embed_dim), wide)],
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=vmem_limit()
+        ),
+        name="geglu_gradients_from_kept",
+    )(dy, *given)
+
+
 def _candidates(tokens, hidden_dim):
     """From large to small; of the same size those of F first, which decide how often all else is read."""
     all_tokens = round_up(tokens, ROWS)
@@ -148,10 +191,7 @@ def _kernel(activation, tokens, turns, x, dy, gate_proj, up_proj, down_proj, dx,
         for total in sums:
             fill_zeros(total)
 
-    x_TD, dy_TD = x[...], dy[...]
-    if tokens % size:  # rows that do not exist add nothing to sums over tokens
-        exists = i * size + lax.broadcasted_iota(jnp.int32, (size, 1), 0) < tokens
-        x_TD, dy_TD = jnp.where(exists, x_TD, 0), jnp.where(exists, dy_TD, 0)
+    x_TD, dy_TD = _existing(x[...], i, tokens), _existing(dy[...], i, tokens)
     gate, up = multiply(x_TD, gate_proj), multiply(x_TD, up_proj)
     h, pull_back = jax.vjp(functools.partial(gated, activation), gate, up)
     dgate, dup = pull_back(multiply(dy_TD, down_proj, transpose=True))
@@ -180,6 +220,34 @@ def _kernel(activation, tokens, turns, x, dy, gate_proj, up_proj, down_proj, dx,
         @pl.when((step >= 1) & (lag == 2))
         def _():
             wait_until_sent(1 - slot)
+
+
+def _kernel_from_kept(activation, tokens, dy, gate, up, down_proj, dgate, dup, ddown_proj, sum_FD):
+    i = pl.program_id(1)
+
+    @pl.when(i == 0)
+    def _():
+        fill_zeros(sum_FD)
+
+    dy_TD, gate_TF, up_TF = (_existing(a[...], i, tokens) for a in (dy, gate, up))
+    gate_TF, up_TF = gate_TF.astype(sum_FD.dtype), up_TF.astype(sum_FD.dtype)
+    h, pull_back = jax.vjp(functools.partial(gated, activation), gate_TF, up_TF)
+    sum_FD[...] += _outer(h.astype(dy.dtype), dy_TD)
+    for result, array in zip((dgate, dup), pull_back(multiply(dy_TD, down_proj, transpose=True))):
+        result[...] = array.astype(result.dtype)
+
+    @pl.when(i == pl.num_programs(1) - 1)
+    def _():
+        store(ddown_proj, sum_FD)
+
+
+def _existing(a, i, tokens):
+    """The rows of block i, with zeros in those that no token has: they add nothing to sums over tokens."""
+    size = a.shape[0]
+    if tokens % size == 0:
+        return a
+    exists = i * size + lax.broadcasted_iota(jnp.int32, (size, 1), 0) < tokens
+    return jnp.where(exists, a, 0)
 
 
 def _outer(a, b):

@@ -104,7 +104,7 @@ def _feed_forward_forward(op, params, x, dropout_key):
 
 def _feed_forward_backward(op, residuals, dy_BD):
     params, x, dropout_key, kept = residuals
-    if op.kernels == "tpu":
+    if op.kernels == "tpu" and not kept:
         dparams, dx_BD = pallas.gradients(
             params, x.astype(op.dtype), dy_BD.astype(op.dtype), activation=op.activation, rules=op.axis_rules
         )
@@ -120,8 +120,9 @@ def _forward(op, run, keep, params, x_BD, dropout_key):
     """y and, to `keep`, gate and up. `run` is how pieces are run: :func:`_by_platform` or :func:`_as_on_cpu`."""
     x_BD = _as_stream(op, x_BD)
     if op.kernels == "tpu":
-        y_BD = pallas.feed_forward(params, x_BD.astype(op.dtype), activation=op.activation, rules=op.axis_rules)
-        return (checkpoint_name(_as_stream(op, y_BD), "mlp_out"),)
+        x_BD = x_BD.astype(op.dtype)
+        y_BD, *gate_up = pallas.feed_forward(params, x_BD, activation=op.activation, keep=keep, rules=op.axis_rules)
+        return checkpoint_name(_as_stream(op, y_BD), "mlp_out"), *gate_up
     mask_BF = _mask(op, params, x_BD, dropout_key)
 
     def compute(x_BD, mask_BF):
@@ -195,16 +196,26 @@ def _gradients(op, params, x_BD, mask_BF, kept, dy_BD):
 
         zeros = jax.tree.map(jnp.zeros_like, over_hidden), jnp.zeros(x_BD.shape, op.wide)
         dparams, dx_BD = in_slices(hidden_part, slice_size, add_slice, zeros)
-    return MLPParams(**dparams, down_bias=_total(dy_BD, params.down_bias)), dx_BD.astype(x_BD.dtype)
+    dx_BD = dx_BD.astype(x_BD.dtype)
+    if op.kernels == "tpu":
+        # Without the barrier a loop over layers may carry it in VMEM and copy it out. (XLA's own products lose by it.)
+        dx_BD = lax.optimization_barrier(dx_BD)
+    return MLPParams(**dparams, down_bias=_total(dy_BD, params.down_bias)), dx_BD
 
 
 def _gradients_over_hidden(op, params, x_BD, mask_BF, kept, dy_BD) -> tuple[dict[str, Any], Array]:
     """The gradients of the parameters that F is an axis of, by name, and their share of x's, not yet rounded."""
-    h_BF, dgate_BF, dup_BF = _hidden_gradients(op, params, x_BD, mask_BF, kept, dy_BD)
+    if op.kernels == "tpu":
+        dgate_BF, dup_BF, ddown_FD = pallas.gradients_from_kept(
+            params, dy_BD.astype(op.dtype), *kept, activation=op.activation, rules=op.axis_rules
+        )
+    else:
+        h_BF, dgate_BF, dup_BF = _hidden_gradients(op, params, x_BD, mask_BF, kept, dy_BD)
+        ddown_FD = _outer(op, h_BF, dy_BD, params.down_proj)
     dparams = {
         "gate_proj": _outer(op, x_BD, dgate_BF, params.gate_proj),
         "up_proj": _outer(op, x_BD, dup_BF, params.up_proj),
-        "down_proj": _outer(op, h_BF, dy_BD, params.down_proj),
+        "down_proj": ddown_FD,
         "gate_bias": _total(dgate_BF, params.gate_bias),
         "up_bias": _total(dup_BF, params.up_bias),
     }
@@ -238,8 +249,12 @@ def _hidden_gradients(op, params, x_BD, mask_BF, kept, dy_BD):
 
 
 def _slice_size(op, x_BD, hidden_part):
-    """As many slices of each device's part of F as the forward pass has chunks of tokens; more where `op.exact`."""
-    chunks = 1 if op.chunk_size is None or x_BD.ndim < 2 else ceil_div(x_BD.shape[-2], op.chunk_size)
+    """As many slices of each device's part of F as the forward pass has chunks of tokens; more where `op.exact`.
+
+    One around a TPU's kernel, whose results take the place of what is kept: slices of it would be copies.
+    """
+    unchunked = op.chunk_size is None or op.kernels == "tpu" or x_BD.ndim < 2
+    chunks = 1 if unchunked else ceil_div(x_BD.shape[-2], op.chunk_size)
     return round_up(ceil_div(hidden_part, max(chunks, SLICES if op.exact else 1)), LANES)
 
 

@@ -23,8 +23,8 @@ REPORT = "final_hlo-static-per-bundle-utilization"
 MEASURED_BELOW = {(V5E, "gemma2_27b"), (V6E, "gemma2_27b")}
 
 
-def kernels(size):
-    return config(size, implementation="pallas")
+def kernels(size, save="input"):
+    return config(size, save=save, implementation="pallas")
 
 
 def compile_forward(target, settings, tokens=TOKENS):
@@ -76,17 +76,22 @@ def test_decoding_from_float32_weights_makes_no_copy_of_them(target, tokens):
 
 
 @pytest.mark.parametrize(
-    ("target", "size", "expected", "by_xla"),
+    ("target", "size", "save", "expected", "by_xla"),
     [
-        (V5E, "gemma2_2b", 410, 576),
-        (V5P, "gemma2_2b", 482, 648),
-        (V6E, "gemma2_2b", 410, 612),
-        (V5E, "gemma2_27b", 1548, 2160),
+        (V5E, "gemma2_2b", "input", 410, 576),
+        (V5P, "gemma2_2b", "input", 482, 648),
+        (V6E, "gemma2_2b", "input", 410, 612),
+        (V5E, "gemma2_27b", "input", 1548, 2160),
+        (V5E, "gemma2_2b", "gate_up", 1733, 1764),
+        (V5P, "gemma2_2b", "gate_up", 1697, 1764),
+        (V6E, "gemma2_2b", "gate_up", 1698, 1764),
+        (V5E, "gemma2_9b", "gate_up", 2675, 2744),
+        (V5E, "gemma2_27b", "gate_up", 6445, 6624),
     ],
 )
-def test_gradient_of_a_scanned_stack(target, size, expected, by_xla):
+def test_gradient_of_a_scanned_stack(target, size, save, expected, by_xla):
     """MiB (v5p has the sums of two cores); test_memory.py holds XLA's products to what they take."""
-    settings = kernels(size)
+    settings = kernels(size, save=save)
     compiled = aot.compile_for(target, scanned(apply(settings)), params(settings, LAYERS), stream(settings))
     assert compiled.temp_bytes <= (expected + 1) * MIB < by_xla * MIB
 
@@ -103,14 +108,17 @@ def test_every_activation_is_lowered():
         functions = [
             jax.grad(lambda p, x, s=s: apply(s)(p, x).astype("float32").sum(), argnums=(0, 1))
             for s in (
-                dataclasses.replace(settings, activation=name) for name in ("silu", "relu", "sigmoid", "identity")
+                dataclasses.replace(settings, activation=name, save=save)
+                for name in ("silu", "relu", "sigmoid", "identity")
+                for save in ("input", "gate_up")
             )
         ]
         return [function(params, x) for function in functions]
 
     settings = dataclasses.replace(kernels("gemma2_2b"), embed_dim=256, hidden_dim=512)
     text = aot.compile_for(V6E, gradients, params(settings), stream(settings, 40)).text
-    assert len(re.findall(r"%\S*geglu_gradients\S* = ", text)) == 4
+    assert len(re.findall(r"%\S*geglu_gradients(?!_from_kept)\S* = ", text)) == 4
+    assert len(re.findall(r"%\S*geglu_gradients_from_kept\S* = ", text)) == 4
 
 
 def test_sequence_parallel_gradient_of_27b_on_a_pod():
