@@ -17,15 +17,20 @@ from gemma_mlp.params import MLPParams
 Kernels = Literal["tpu", "gpu"]
 
 
+def target_device() -> Any:
+    """The device that is compiled for: of the mesh in force, or else JAX's default."""
+    return jax.sharding.get_abstract_mesh().abstract_device or backend.get_default_device()
+
+
 def choose(
     params: MLPParams, dtype: Any, activation: Activation, dropout_rate: float, save: str, rules: Rules | None
 ) -> Kernels:
-    """The kernels of the device that is compiled for: the mesh's in force, or else JAX's default.
+    """The kernels of :func:`target_device`.
 
     Raises:
       ValueError: if there are none, or they do not serve the case.
     """
-    platform = _platform()
+    platform = target_device().platform
     kernels: dict[str, Kernels] = {"tpu": "tpu", "gpu": "gpu", "cuda": "gpu"}
     _require(
         platform in kernels,
@@ -152,11 +157,6 @@ def _rows(x):
 
 def _as_tokens(rows, x):
     return rows.reshape(*x.shape[:-1], rows.shape[-1])
-
-
-def _platform():
-    device = jax.sharding.get_abstract_mesh().abstract_device or backend.get_default_device()
-    return device.platform
 
 
 def _require(condition, rule, received, fix="use implementation='xla'"):

@@ -28,6 +28,7 @@ from gemma_mlp.kernels import pallas
 from gemma_mlp.kernels.products import LANES, ceil_div, in_slices, multiply, outer, round_up
 from gemma_mlp.params import MLPParams
 
+V5P = {"TPU v5", "TPU v5p"}  # the device kinds that JAX knows a v5p by
 SLICES = 8  # of F in the backward pass around a GPU's kernel
 HIDDEN_AXIS = {"gate_proj": 1, "up_proj": 1, "down_proj": 0, "gate_bias": 0, "up_bias": 0}
 
@@ -212,6 +213,7 @@ def _gradients_over_hidden(op, params, x_BD, mask_BF, kept, dy_BD) -> tuple[dict
     else:
         h_BF, dgate_BF, dup_BF = _hidden_gradients(op, params, x_BD, mask_BF, kept, dy_BD)
         ddown_FD = _outer(op, h_BF, dy_BD, params.down_proj)
+    x_BD = _apart(op, x_BD)
     dparams = {
         "gate_proj": _outer(op, x_BD, dgate_BF, params.gate_proj),
         "up_proj": _outer(op, x_BD, dup_BF, params.up_proj),
@@ -246,6 +248,16 @@ def _hidden_gradients(op, params, x_BD, mask_BF, kept, dy_BD):
     h_BF, pull_back = jax.vjp(lambda gate, up: _gated(op, gate, up, mask_BF), gate_BF, up_BF)
     # Without the barrier gate, up and dh all stay, for the operands of the products below to be computed inside them.
     return lax.optimization_barrier(tuple(a.astype(op.dtype) for a in (h_BF, *pull_back(dh_BF))))
+
+
+def _apart(op, x_BD):
+    """x, on a v5p behind a barrier: without it a loop over layers carries a [T, D] in VMEM and copies it out.
+
+    Other TPUs and GPUs may keep a [T, D] more with it, and a mesh would gather x twice.
+    """
+    if op.axis_rules is not None or pallas.target_device().device_kind not in V5P:
+        return x_BD
+    return lax.optimization_barrier(x_BD)
 
 
 def _slice_size(op, x_BD, hidden_part):

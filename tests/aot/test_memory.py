@@ -46,8 +46,8 @@ def test_tpu_gradient_of_one_layer_keeps_three_arrays(target, size, save):
 @pytest.mark.parametrize("save", ["input", "gate_up"])
 @pytest.mark.parametrize("target", TPUS)
 def test_tpu_scanned_stack(target, save):
-    """`input` takes 576 MiB on v5e, 612 on v6e, 648 on v5p, where the loop's carry stays in VMEM and is copied out."""
-    bound = {"input": 650 if "v5p" in target else 620, "gate_up": 1770}[save]
+    """`input` takes 576 MiB on v5e, 612 on v6e and on v5p (648 there without the barrier on x)."""
+    bound = {"input": 620, "gate_up": 1770}[save]
     assert stack_bytes(target, "scanned", save, "gemma2_2b") <= bound * MIB
 
 
