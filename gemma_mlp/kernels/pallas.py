@@ -30,7 +30,7 @@ def choose(
     Raises:
       ValueError: if there are none, or they do not serve the case.
     """
-    platform = target_device().platform
+    platform = _platform()
     kernels: dict[str, Kernels] = {"tpu": "tpu", "gpu": "gpu", "cuda": "gpu"}
     _require(
         platform in kernels,
@@ -157,6 +157,10 @@ def _rows(x):
 
 def _as_tokens(rows, x):
     return rows.reshape(*x.shape[:-1], rows.shape[-1])
+
+
+def _platform():
+    return target_device().platform
 
 
 def _require(condition, rule, received, fix="use implementation='xla'"):
