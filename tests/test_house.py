@@ -9,7 +9,7 @@ import gemma_mlp
 
 PACKAGE = Path(gemma_mlp.__file__).parent
 FLOORS = [
-    {"checks", "activations"},
+    {"checks", "activations", "kernels.device"},
     {"dtypes", "axes", "hlo", "safetensors_folder"},
     {"config", "aot"},
     {"params", "rms_norm", "kernels.products"},

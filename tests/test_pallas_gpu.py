@@ -2,6 +2,7 @@
 
 import functools
 import importlib
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -117,7 +118,7 @@ def test_more_tokens_than_share_a_column_of_the_weights():
 
 @pytest.mark.parametrize("save", ["input", pytest.param("gate_up", marks=transposes)])
 def test_the_feed_forward_around_them(save, monkeypatch):
-    monkeypatch.setattr(pallas, "_platform", lambda: "gpu")
+    monkeypatch.setattr(pallas, "target_device", lambda: SimpleNamespace(platform="gpu"))
     for name in ("hidden", "hidden_gradients"):
         kernel = functools.partial(getattr(pallas_gpu, name), interpret=interpreter())
         monkeypatch.setattr(pallas_gpu, name, kernel)

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import importlib
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +28,7 @@ def small_blocks(monkeypatch, version=V5E, cores=1):
     """Has kernels see a TPU, and take small blocks, so that a small case has several of each kind."""
     info = pltpu.get_tpu_info_for_chip(version, cores)
     monkeypatch.setattr(pltpu, "get_tpu_info", lambda: info)
-    monkeypatch.setattr(pallas, "_platform", lambda: "tpu")
+    monkeypatch.setattr(pallas, "target_device", lambda: SimpleNamespace(platform="tpu"))
     monkeypatch.setattr(pallas_tpu, "MOST_HIDDEN", 128)
     monkeypatch.setattr(pallas_tpu, "MOST_TOKENS", 64)
     monkeypatch.setattr(pallas_tpu, "UNROLLED", 32)

@@ -2,35 +2,29 @@
 
 from typing import Any, Literal
 
-import jax
 import jax.numpy as jnp
-from jax.extend import backend
 from jaxtyping import Array, Float
 
 from gemma_mlp.activations import Activation
 from gemma_mlp.axes import Rules
 from gemma_mlp.checks import require
 from gemma_mlp.kernels import pallas_tpu, pallas_tpu_gradients
+from gemma_mlp.kernels.device import target_device
 from gemma_mlp.kernels.split import Split, mesh_to_split
 from gemma_mlp.params import MLPParams
 
 Kernels = Literal["tpu", "gpu"]
 
 
-def target_device() -> Any:
-    """The device that is compiled for: of the mesh in force, or else JAX's default."""
-    return jax.sharding.get_abstract_mesh().abstract_device or backend.get_default_device()
-
-
 def choose(
     params: MLPParams, dtype: Any, activation: Activation, dropout_rate: float, save: str, rules: Rules | None
 ) -> Kernels:
-    """The kernels of :func:`target_device`.
+    """The kernels of the device that is compiled for.
 
     Raises:
       ValueError: if there are none, or they do not serve the case.
     """
-    platform = _platform()
+    platform = target_device().platform
     kernels: dict[str, Kernels] = {"tpu": "tpu", "gpu": "gpu", "cuda": "gpu"}
     _require(
         platform in kernels,
@@ -157,10 +151,6 @@ def _rows(x):
 
 def _as_tokens(rows, x):
     return rows.reshape(*x.shape[:-1], rows.shape[-1])
-
-
-def _platform():
-    return target_device().platform
 
 
 def _require(condition, rule, received, fix="use implementation='xla'"):

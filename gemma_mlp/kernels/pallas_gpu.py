@@ -21,11 +21,11 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jax.extend import backend
 from jaxtyping import Array, BFloat16
 
 from gemma_mlp.activations import ACTIVATIONS, Activation
 from gemma_mlp.checks import describe, require
+from gemma_mlp.kernels.device import target_device
 
 HOPPER = r"\bG?H(100|200|800|20)\b"  # the names of the devices of compute capability 9.0
 CONSUMERS = 2  # warp groups that multiply, beside the one that loads
@@ -259,12 +259,8 @@ def _multiply(elementwise, x, weights, *, in_place=(), num_new, transposed=False
 
 def _multiprocessors() -> int:
     """How many multiprocessors the device has that JAX traces for, a Hopper GPU."""
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    if device is None:
-        device = backend.get_default_device()
-        cores = getattr(device, "core_count", None)
-    else:
-        cores = device.num_cores
+    device = target_device()
+    cores = device.num_cores if isinstance(device, jax.sharding.AbstractDevice) else getattr(device, "core_count", None)
     require(
         re.search(HOPPER, device.device_kind) is not None and cores is not None,
         "The kernel for GPUs runs on those of compute capability 9.0: H100, H200, H800, H20, GH200.",
