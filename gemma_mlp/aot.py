@@ -75,7 +75,7 @@ def devices(target: str) -> list[Any]:
 
     Raises:
       ValueError: if there is no such target.
-      ImportError: if its compiler is not installed, or not in JAX's version.
+      ImportError: if its compiler is not installed, not in JAX's version, or did not start.
     """
     if target == "cpu":
         return jax.local_devices(backend="cpu")
@@ -102,7 +102,7 @@ def compile_for(
 
     Raises:
       ValueError: if there is no such target.
-      ImportError: if its compiler is not installed, or not in JAX's version.
+      ImportError: if its compiler is not installed, not in JAX's version, or did not start.
     """
     chip = jax.sharding.Mesh([devices(target)[0]], ("chip",))
     one_chip = jax.sharding.NamedSharding(chip, jax.sharding.PartitionSpec())
@@ -155,12 +155,18 @@ def _topology(target: str) -> topologies.TopologyDescription:
     )
     for package in ("jax-cuda13-plugin", "jax-cuda13-pjrt"):
         _require_package(package, jax.__version__)
-    return topologies.get_topology_desc(
-        platform="cuda",
-        topology_name="h200",
-        topology=f"1x{max(1, count // HOST)}x{min(count, HOST)}",  # slices, hosts, chips of a host
-        target_config=H200.replace("\n", " "),
-    )
+    try:
+        return topologies.get_topology_desc(
+            platform="cuda",
+            topology_name="h200",
+            topology=f"1x{max(1, count // HOST)}x{min(count, HOST)}",  # slices, hosts, chips of a host
+            target_config=H200.replace("\n", " "),
+        )
+    except NotImplementedError as error:
+        raise ImportError(
+            "jax-cuda13-plugin starts; where it looks for a GPU, it does not without CUDA's libraries. Received: "
+            f"{error}. Fix: set JAX_PLATFORMS=cpu before JAX starts."
+        ) from error
 
 
 def _require_package(package: str, version: str | None = None) -> None:

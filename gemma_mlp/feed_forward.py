@@ -65,7 +65,7 @@ def feed_forward(
       chunk_size: for long contexts: how many positions along the second-last axis of x, its length, are computed at
         a time. The forward pass then makes no [*B, F]; nor does the backward pass, which goes through F in as many
         slices (with `gate_up` and `autodiff`, what is kept remains). The result is the same but for the order of
-        float32 sums.
+        float32 sums. None: all of them; on a CPU, where no gradient is asked for, what is fastest, 512 tokens at most.
       axis_rules: which axes of the mesh in force (`jax.set_mesh`) each logical axis is split over, to hold XLA to it:
         `gemma_mlp.sharding.RULES` or the like. The first axis of x is `batch`, the second last of three or more
         `length`. None, or no mesh: XLA decides.

@@ -4,6 +4,7 @@ from importlib import metadata
 
 import jax
 import pytest
+from jax.experimental import topologies
 
 from gemma_mlp import aot
 
@@ -39,4 +40,17 @@ def test_a_plugin_of_another_version_is_explained(monkeypatch):
     aot._topology.cache_clear()
     message = f"jax-cuda13-plugin 0.1.2 does not fit JAX {jax.__version__}. Fix: pip install jax-cuda13-plugin=="
     with pytest.raises(ImportError, match=message):
+        aot.devices("h200")
+
+
+def test_a_plugin_that_did_not_start_is_explained(monkeypatch):
+    """As JAX leaves it where JAX_PLATFORMS does not keep it from looking for a GPU, and there are no CUDA libraries."""
+
+    def get_topology_desc(**options):
+        raise NotImplementedError("topology not implemented for cuda")
+
+    monkeypatch.setattr(metadata, "version", lambda name: jax.__version__)
+    monkeypatch.setattr(topologies, "get_topology_desc", get_topology_desc)
+    aot._topology.cache_clear()
+    with pytest.raises(ImportError, match=r"not implemented for cuda\. Fix: set JAX_PLATFORMS=cpu before JAX starts"):
         aot.devices("h200")

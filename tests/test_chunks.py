@@ -10,7 +10,7 @@ import pytest
 from jax.extend.core import jaxprs_in_params
 
 from gemma_mlp import MLPConfig, MLPParams, feed_forward, mlp
-from tests import samples
+from tests import reference, samples
 from tests.comparison import FLOAT32_BOUND, FLOOR_FACTOR, SAVES, case, errors, floor_errors, oracle, run
 from tests.reference import relative_error
 
@@ -97,6 +97,43 @@ def test_no_array_of_all_tokens_and_all_of_f(save, kept):
 
     assert largest(None) == tokens * hidden_dim
     assert largest(8) == (tokens * hidden_dim if kept else embed_dim * hidden_dim)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "batch", "share"),
+    [
+        ("bfloat16", (512,), 0.6),
+        ("float32", (1024,), 0.6),
+        ("bfloat16", (3, 600), 0.35),
+        ("float32", (600, 3), 0.35),
+        ("bfloat16", (511,), 1),
+        ("float32", (512,), 1),
+    ],
+    ids=str,
+)
+def test_a_cpu_takes_many_tokens_in_chunks(dtype, batch, share):
+    """Of all [T, F] in memory the share that a chunk has, where no gradient follows, which would use them again."""
+    arrays, x, _ = case(batch, hidden_dim=HIDDEN_DIM)
+    params, inputs = samples.mlp_params(arrays, dtype), jnp.asarray(x, dtype)
+
+    def compiled(function):
+        with jax.default_device(jax.local_devices(backend="cpu")[0]):
+            return jax.jit(function).lower(params, inputs).compile()
+
+    def temp_bytes(function):
+        return compiled(function).memory_analysis().temp_size_in_bytes
+
+    whole = functools.partial(feed_forward, chunk_size=max(batch))
+    assert share / 2 <= temp_bytes(feed_forward) / temp_bytes(whole) <= share
+    y, _ = reference.mlp(arrays, x, "gelu_tanh")
+    stored, _ = reference.mlp(arrays, x, "gelu_tanh", reference.bfloat16)
+    bound = FLOAT32_BOUND if dtype == "float32" else FLOOR_FACTOR * relative_error(stored, y)
+    assert relative_error(compiled(feed_forward)(params, inputs), y) <= bound
+
+    def gradient(layer):
+        return jax.grad(lambda params, x: layer(params, x).astype("float32").sum())
+
+    assert temp_bytes(gradient(feed_forward)) == temp_bytes(gradient(whole))
 
 
 def test_a_config_passes_it_on():

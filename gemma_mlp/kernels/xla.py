@@ -12,6 +12,7 @@ tests/aot holds the compilers to both.
 """
 
 import functools
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -31,6 +32,7 @@ from gemma_mlp.params import MLPParams
 
 V5P = {"TPU v5", "TPU v5p"}  # the device kinds that JAX knows a v5p by
 SLICES = 8  # of F in the backward pass around a GPU's kernel
+CPU_TOKENS = 512  # of a chunk on a CPU, at most
 HIDDEN_AXIS = {"gate_proj": 1, "up_proj": 1, "down_proj": 0, "gate_bias": 0, "up_bias": 0}
 
 
@@ -70,7 +72,7 @@ def feed_forward(
 ) -> Float[Array, "*B D"]:
     """y = (activation(x W_gate + b_gate) * (x W_up + b_up)) W_down + b_down, in `op.dtype`."""
     if op.save == "autodiff":
-        return _forward(op, _as_on_cpu, False, params, x, dropout_key)[0]
+        return _forward(op, params, x, dropout_key, run=_as_on_cpu)[0]
     return _feed_forward(op, params, x, dropout_key)
 
 
@@ -79,6 +81,10 @@ def hidden(
 ) -> Float[Array, "*B F"]:
     """h, in `op.dtype`: what the down projection receives."""
     return _by_platform(op, _hidden, params, x, _mask(op, params, x, dropout_key))[0]
+
+
+def _as_it_is(op, function, *args):
+    return function(op, *args)
 
 
 def _as_on_cpu(op, function, *args):
@@ -96,11 +102,11 @@ def _by_platform(op, function, *args):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _feed_forward(op, params, x, dropout_key):
-    return _forward(op, _by_platform, False, params, x, dropout_key)[0]
+    return _by_platform(op, _forward, params, x, dropout_key)[0]
 
 
 def _feed_forward_forward(op, params, x, dropout_key):
-    y_BD, *kept = _forward(op, _by_platform, op.save == "gate_up", params, x, dropout_key)
+    y_BD, *kept = _forward(op, params, x, dropout_key, run=_by_platform, keep=op.save == "gate_up")
     return y_BD, (params, x, dropout_key, [checkpoint_name(a, n) for a, n in zip(kept, ("mlp_gate", "mlp_up"))])
 
 
@@ -118,8 +124,13 @@ def _feed_forward_backward(op, residuals, dy_BD):
 _feed_forward.defvjp(_feed_forward_forward, _feed_forward_backward)
 
 
-def _forward(op, run, keep, params, x_BD, dropout_key):
-    """y and, to `keep`, gate and up. `run` is how pieces are run: :func:`_by_platform` or :func:`_as_on_cpu`."""
+def _forward(op, params, x_BD, dropout_key, *, run=_as_it_is, keep=False):
+    """y and, to `keep`, gate and up.
+
+    Args:
+      run: how pieces are run, whose tags a user's policy of rematerialisation then finds: :func:`_by_platform`,
+        :func:`_as_on_cpu`, or, where all of it is for one platform already, :func:`_as_it_is`.
+    """
     x_BD = _as_stream(op, x_BD)
     if op.kernels == "tpu":
         x_BD = x_BD.astype(op.dtype)
@@ -132,7 +143,8 @@ def _forward(op, run, keep, params, x_BD, dropout_key):
         h_BF = checkpoint_name(h_BF, "mlp_hidden")
         return checkpoint_name(run(op, _down, params, h_BF), "mlp_out"), *gate_up
 
-    if op.chunk_size is None or x_BD.ndim < 2 or x_BD.shape[-2] <= op.chunk_size:
+    chunk_size = _chunk_size(op, x_BD)
+    if chunk_size is None or x_BD.ndim < 2 or x_BD.shape[-2] <= chunk_size:
         return compute(x_BD, mask_BF)
     tokens = Cut(-2, count_shards(token_axis(x_BD.ndim, x_BD.ndim - 2), op.axis_rules))
 
@@ -141,7 +153,20 @@ def _forward(op, run, keep, params, x_BD, dropout_key):
         return tuple(tokens.put(whole, part, start) for whole, part in zip(results, parts))
 
     results = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(compute, x_BD, mask_BF))
-    return in_slices(x_BD.shape[-2] // tokens.shards, ceil_div(op.chunk_size, tokens.shards), chunk, results)
+    return in_slices(x_BD.shape[-2] // tokens.shards, ceil_div(chunk_size, tokens.shards), chunk, results)
+
+
+def _chunk_size(op, x_BD):
+    """The positions of a chunk: what is asked for, or on a CPU what is fastest where no gradient uses gate and up.
+
+    There each call has its memory anew from the system, page by page: less than 32 MiB the allocator keeps.
+    """
+    tokens = math.prod(x_BD.shape[:-1])
+    if op.chunk_size is not None or not op.on_cpu or op.axis_rules is not None or tokens < CPU_TOKENS:
+        return op.chunk_size
+    # gate and up are in float32 beside h, which in bfloat16 is a third array.
+    least = 2 if op.dtype == jnp.bfloat16 else 1
+    return ceil_div(x_BD.shape[-2], max(least, ceil_div(tokens, CPU_TOKENS)))
 
 
 def _hidden(op, params, x, mask_BF, *, keep=False):
