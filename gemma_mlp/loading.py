@@ -18,6 +18,7 @@ from gemma_mlp.dtypes import accumulation_dtype, compute_dtype
 from gemma_mlp.params import MLPBlockParams
 from gemma_mlp.trees import Layout, Slot, block_leaves, locate, make_params
 
+ALIGNMENT = 64  # bytes, of memory that XLA's CPU backend takes as it is (its MinAlign)
 Progress = Callable[[Sequence[str]], Iterable[str]]
 
 
@@ -185,7 +186,7 @@ class Gathering:
     ):
         self._num_layers, self._shapes, self._shardings, self._stacked = num_layers, shapes, shardings, stacked
         self._layers: list[dict[str, jax.Array]] = [{} for _ in range(num_layers)]
-        self._stacks: dict[str, dict[Any, jax.Array]] = defaultdict(dict)  # by leaf and device
+        self._stacks: dict[str, dict[Any, jax.Array | np.ndarray]] = defaultdict(dict)  # by leaf and device
 
     def sharding(self, leaf: str) -> Any:
         """How one layer's leaf is to come."""
@@ -210,11 +211,11 @@ class Gathering:
         """Writes a part into the stack of its device. How many numbers are not finite; of replicas one counts."""
         shape, sharding, stacks = (self._num_layers, *self._shapes[leaf]), self._shardings[leaf], self._stacks[leaf]
         if part.device not in stacks:
-            stacks[part.device] = jnp.zeros(sharding.shard_shape(shape), part.data.dtype, device=part.device)
+            stacks[part.device] = _new_stack(sharding.shard_shape(shape), part.data.dtype, part.device)
         held = sharding.addressable_devices_indices_map(shape)[part.device]
         start = [(to.start or 0) - (own.start or 0) for to, own in zip((slice(layer, None), *part.index), held)]
         if start[0] in range(len(stacks[part.device])):
-            stacks[part.device] = jax.block_until_ready(_set_part(stacks[part.device], part.data, start))
+            stacks[part.device] = _set_part(stacks[part.device], part.data, start)
         return 0 if part.replica_id else _count_not_finite(part.data)
 
     def result(self) -> Any:
@@ -225,7 +226,8 @@ class Gathering:
         for leaf, parts in self._stacks.items():
             sharding = self._shardings[leaf]
             shape = (self._num_layers, *self._shapes[leaf])
-            stacks[leaf] = jax.make_array_from_single_device_arrays(shape, sharding, list(parts.values()))
+            arrays = [jax.device_put(stack, device, may_alias=True) for device, stack in parts.items()]
+            stacks[leaf] = jax.make_array_from_single_device_arrays(shape, sharding, arrays)
         return make_params(stacks)
 
 
@@ -247,6 +249,25 @@ def _all_finite(array):
     return jnp.isfinite(array).all()
 
 
+def _new_stack(shape: tuple[int, ...], dtype: Any, device: Any) -> jax.Array | np.ndarray:
+    """Zeros on a device; for a CPU memory that takes no room before it is written, and that JAX then takes as it is."""
+    if device.platform != "cpu":
+        return jnp.zeros(shape, dtype, device=device)
+    size = math.prod(shape) * dtype.itemsize
+    memory = np.zeros(size + ALIGNMENT, np.uint8)
+    start = -memory.ctypes.data % ALIGNMENT
+    return memory[start : start + size].view(dtype).reshape(shape)
+
+
+def _set_part(stack: Any, part: jax.Array, start: Sequence[int]) -> Any:
+    """`stack`, in whose place it is, with one layer's part."""
+    if not isinstance(stack, np.ndarray):
+        return jax.block_until_ready(_update(stack, part, start))
+    at = tuple(slice(first, first + size) for first, size in zip(start, (1, *part.shape)))
+    stack[at] = part
+    return stack
+
+
 @functools.partial(jax.jit, donate_argnums=0)
-def _set_part(stack, part, start):
+def _update(stack, part, start):
     return jax.lax.dynamic_update_slice(stack, part[None], start)  # in place, which stack.at[...].set is not

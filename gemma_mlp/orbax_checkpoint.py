@@ -36,7 +36,8 @@ def read_orbax(
 
     Beside the result, the parts of one tensor that are read next are in memory, and the chunks that they lie in, packed
     and unpacked: half a tensor at most of what :func:`write_orbax` wrote. Orbax by itself stores what one device held
-    as one chunk: twice a tensor, if all of it was on one.
+    as one chunk, so that the host has up to two tensors; on a CPU less than one beside the result, whose last layer
+    takes no memory before it is filled.
 
     Args:
       path: the folder that Orbax's checkpointers write; in a step of a CheckpointManager, the item in it.

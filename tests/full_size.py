@@ -14,6 +14,7 @@ from pathlib import Path
 import jax
 import ml_dtypes
 import numpy as np
+import orbax.checkpoint as ocp
 from jax.sharding import Mesh, NamedSharding
 
 from gemma_mlp import PRESETS, MLPBlockParams, MLPParams, RMSNormParams, checkpoint, layouts, trees
@@ -73,6 +74,9 @@ def write(path, config, layers):
     checkpoint.write_huggingface(path / "hf", layers, config)
     checkpoint.write_orbax(path / "deepmind", layers, layouts.deepmind(config, transpose_gating_einsum=True))
     checkpoint.write_orbax(path / "maxtext", layers, layouts.maxtext(config, fused=True, scanned=False))
+    with ocp.StandardCheckpointer() as checkpointer:  # by itself Orbax makes one chunk of what is on one device
+        tree = layouts.to_tree(layers, layouts.deepmind(config, transpose_gating_einsum=True))
+        checkpointer.save(path / "one_chunk", tree)
 
 
 def shardings(*lead):
@@ -94,6 +98,15 @@ WAYS = {  # name: (how, the largest tensor of the checkpoint in bytes)
     "deepmind": (lambda path, config: checkpoint.read_orbax(path / "deepmind", config, shardings=shardings()), pair),
     "deepmind_stacked": (
         lambda path, config: checkpoint.read_orbax(path / "deepmind", config, shardings=shardings(None), stacked=True),
+        pair,
+    ),
+    "one_chunk": (lambda path, config: checkpoint.read_orbax(path / "one_chunk", config, shardings=shardings()), pair),
+    "one_chunk_stacked": (
+        lambda path, config: checkpoint.read_orbax(path / "one_chunk", config, shardings=shardings(None), stacked=True),
+        pair,
+    ),
+    "one_chunk_stacked_one_device": (
+        lambda path, config: checkpoint.read_orbax(path / "one_chunk", config, stacked=True),
         pair,
     ),
     "maxtext": (lambda path, config: checkpoint.read_orbax(path / "maxtext", config, shardings=shardings()), pair),

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from gemma_mlp import MLPConfig, checkpoint, layouts, safetensors_folder
+from gemma_mlp import MLPConfig, checkpoint, layouts, loading, safetensors_folder
 from tests.by_hand import LAYERS, D, F, arrays, equal, huggingface, params
 
 SETTINGS = {
@@ -95,6 +95,21 @@ def test_casts(tmp_path):
         checkpoint.read_huggingface(folder, dtype="float64")
     with pytest.raises(ValueError, match="dtype is not float16"):
         checkpoint.read_huggingface(folder, dtype="float16")
+
+
+def test_stacks_on_a_device_with_memory_of_its_own(tmp_path, monkeypatch):
+    """As on a GPU or a TPU: zeros there, in whose place each layer is put."""
+    monkeypatch.setattr(loading, "_new_stack", lambda shape, dtype, device: jnp.zeros(shape, dtype, device=device))
+    folder = write(tmp_path / "m", arrays(), shards=3)
+    assert equal(checkpoint.read_huggingface(folder, stacked=True), layouts.stack(params(arrays())))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_stack_on_a_cpu_is_the_memory_that_was_filled(dtype):
+    device = jax.local_devices(backend="cpu")[0]
+    memory = loading._new_stack((3, 5, 7), jnp.dtype(dtype), device)
+    stack = jax.device_put(memory, device, may_alias=True)
+    assert stack.unsafe_buffer_pointer() == memory.ctypes.data and stack.dtype == dtype
 
 
 def test_onto_a_device(tmp_path):
