@@ -32,7 +32,7 @@ def mlp_hidden(
     params: MLPParams, x: Float[Array, "*B D"], config: MLPConfig, *, dropout_key: Key[Array, ""] | None = None
 ) -> Float[Array, "*B F"]:
     """The hidden activations of :func:`mlp`, [*B, F]."""
-    return hidden_activations(params, x, **_options(config, dropout_key))
+    return hidden_activations(params, x, implementation=config.implementation, **_options(config, dropout_key))
 
 
 def mlp_block(

@@ -99,15 +99,18 @@ def hidden_activations(
     dropout_rate: float = 0.0,
     dropout_key: Key[Array, ""] | None = None,
     axis_rules: Rules | None = None,
+    implementation: Implementation | None = None,
 ) -> Float[Array, "*B F"]:
     """h = dropout(activation(x W_gate + b_gate) * (x W_up + b_up)): what :func:`feed_forward` projects down.
 
-    For those who study it, in XLA's products: arguments and errors are those of :func:`feed_forward`.
+    For those who study it: arguments and errors are those of :func:`feed_forward`. With `xla` TPUs and GPUs store and
+    round gate and up before h; with `pallas` neither. Gradients are by XLA's products.
 
     Returns:
       h, [*B, F], in the compute dtype.
     """
-    op = _checked_op(params, x, activation, dtype, dropout_rate, dropout_key, "autodiff", None, axis_rules, "xla")
+    save = "input" if implementation == "pallas" else "autodiff"
+    op = _checked_op(params, x, activation, dtype, dropout_rate, dropout_key, save, None, axis_rules, implementation)
     return placed_automatically(functools.partial(xla.hidden, op), _hidden_spec)(params, x, dropout_key)
 
 

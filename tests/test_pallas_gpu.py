@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from gemma_mlp import ACTIVATIONS
+from gemma_mlp import ACTIVATIONS, MLPConfig, mlp_hidden
 from gemma_mlp.kernels import pallas, pallas_gpu
 from tests import comparison, reference, samples
 from tests.reference import relative_error
@@ -116,12 +116,25 @@ def test_more_tokens_than_share_a_column_of_the_weights():
     check(run(arrays, x, "gelu_tanh", keep=False), arrays, x, "gelu_tanh")
 
 
-@pytest.mark.parametrize("save", ["input", pytest.param("gate_up", marks=transposes)])
-def test_the_feed_forward_around_them(save, monkeypatch):
+@pytest.fixture
+def gpu(monkeypatch):
+    """Has the package see a GPU, whose kernels the interpreter runs."""
     monkeypatch.setattr(pallas, "target_device", lambda: SimpleNamespace(platform="gpu"))
     for name in ("hidden", "hidden_gradients"):
         kernel = functools.partial(getattr(pallas_gpu, name), interpret=interpreter())
         monkeypatch.setattr(pallas_gpu, name, kernel)
+
+
+@pytest.mark.parametrize("param_dtype", ["bfloat16", "float32"])
+def test_hidden_activations(param_dtype, gpu):
+    arrays, x = case(64)
+    config = MLPConfig(pallas_gpu.BLOCK_D, pallas_gpu.BLOCK_F, dtype="bfloat16", implementation="pallas")
+    params = samples.mlp_params(arrays, param_dtype)
+    check([mlp_hidden(params, jnp.asarray(x, "bfloat16"), config)], arrays, x, "gelu_tanh")
+
+
+@pytest.mark.parametrize("save", ["input", pytest.param("gate_up", marks=transposes)])
+def test_the_feed_forward_around_them(save, gpu):
     rng = np.random.default_rng(0)
     arrays = samples.mlp_arrays(rng, pallas_gpu.BLOCK_D, 2 * pallas_gpu.BLOCK_F, use_bias=False)
     x, dy = (samples.normal(rng, (2, 32, pallas_gpu.BLOCK_D)) for _ in range(2))

@@ -12,9 +12,9 @@ import pytest
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from gemma_mlp import PRESETS, MLPConfig, MLPParams, feed_forward, mlp, sharding
+from gemma_mlp import PRESETS, MLPConfig, MLPParams, feed_forward, mlp, mlp_hidden, sharding
 from gemma_mlp.kernels import pallas, pallas_tpu, pallas_tpu_gradients
-from tests import samples
+from tests import reference, samples
 from tests.comparison import FLOAT32_BOUND, errors, floor_errors, oracle, run
 from tests.reference import relative_error
 from tests.test_sharding import RULES, make_mesh, spread
@@ -110,6 +110,37 @@ def test_float32_weights_in_bfloat16(save, chip):
         assert error <= FLOOR_FACTOR * floor[name], name
 
 
+@pytest.mark.parametrize("chip", [(V5E, 1), (V5P, 2)], indirect=True, ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "param_dtype"), [("bfloat16", "bfloat16"), ("bfloat16", "float32"), ("float32", "float32")]
+)
+@pytest.mark.parametrize("batch", [(), (40,), (2, 65)], ids=str)
+def test_hidden_activations(batch, dtype, param_dtype, chip):
+    """Of float32 gate and up: in bfloat16 the error is that of rounding h alone."""
+    arrays, x, _ = case(batch)
+    config = MLPConfig(EMBED_DIM, HIDDEN_DIM, dtype=dtype, implementation="pallas")
+    apply = functools.partial(mlp_hidden, config=config)
+    args = samples.mlp_params(arrays, param_dtype), jnp.asarray(x, dtype)
+    assert "name=geglu_hidden" in str(jax.make_jaxpr(apply)(*args))
+    h, (_, _, exact) = jax.jit(apply)(*args), reference.mlp(arrays, x, "gelu_tanh")[1]
+    assert h.dtype == dtype
+    floor = relative_error(reference.bfloat16(exact), exact)
+    assert relative_error(h, exact) <= (FLOAT32_BOUND if dtype == "float32" else FLOOR_FACTOR * floor)
+
+
+def test_gradients_of_hidden_activations(chip):
+    arrays, x, _ = case((70,))
+
+    def loss(implementation, params, x):
+        config = MLPConfig(EMBED_DIM, HIDDEN_DIM, dtype="float32", implementation=implementation)
+        return jnp.sum(jnp.sin(mlp_hidden(params, x, config)))
+
+    args = samples.mlp_params(arrays, "float32"), jnp.asarray(x, "float32")
+    gradients = (jax.jit(jax.grad(functools.partial(loss, i), argnums=(0, 1)))(*args) for i in ("pallas", "xla"))
+    for leaf, expected in zip(*map(jax.tree.leaves, gradients), strict=True):
+        assert relative_error(leaf, np.asarray(expected, np.float64)) <= FLOAT32_BOUND
+
+
 @pytest.mark.parametrize("save", ["input", "gate_up"])
 def test_chunks_change_nothing(save, chip):
     arrays, x, dy = case((70,))
@@ -164,6 +195,19 @@ def test_a_mesh_changes_no_number(data, fsdp, tensor, rules, save, simple_chip, 
         result = jax.jit(functools.partial(samples.value_and_pullback, apply))(params, x_there, dy_there)
     for name, error in errors(result, oracle(arrays, x, dy, "gelu_tanh")).items():
         assert error <= FLOAT32_BOUND, name
+
+
+def test_hidden_activations_on_a_mesh(simple_chip, eight_devices):
+    arrays, x, _ = case((8, 16), hidden_dim=1024)
+    rules, mesh = RULES["sequence"], make_mesh(4, 2)
+    specs = MLPParams(**MLPParams.specs(MLPConfig(EMBED_DIM, 1024)))
+    params = spread(samples.mlp_params(arrays, "float32"), mesh, rules, specs)
+    config = MLPConfig(EMBED_DIM, 1024, dtype="float32", axis_rules=rules, implementation="pallas")
+    x_there = jax.device_put(jnp.asarray(x, "float32"), sharding.activation_sharding(x.shape, mesh, rules))
+    with jax.set_mesh(mesh):
+        h = jax.jit(functools.partial(mlp_hidden, config=config))(params, x_there)
+    assert h.sharding.shard_shape(h.shape) == (2, 16, 512)
+    assert relative_error(h, reference.mlp(arrays, x, "gelu_tanh")[1][2]) <= FLOAT32_BOUND
 
 
 def test_no_tokens(chip):

@@ -62,12 +62,21 @@ def feed_forward(
 
 
 def hidden(
-    params: MLPParams, x: Float[Array, "*B D"], *, activation: Activation, keep: bool, rules: Rules | None
+    kernels: Kernels,
+    params: MLPParams,
+    x: Float[Array, "*B D"],
+    *,
+    activation: Activation,
+    keep: bool,
+    rules: Rules | None,
 ) -> tuple[Float[Array, "*B F"], ...]:
-    """h and, to `keep`, gate and up, in the dtype of x, to which weights that are wider are rounded first, on a GPU."""
+    """h and, to `keep` on a GPU, gate and up, in the dtype of x; a GPU has wider weights rounded to it first."""
     split = Split(x.shape, params.gate_proj.shape[1], rules)
 
-    def compute(x, *weights):
+    def on_tpu(x, *weights):
+        return (_as_tokens(pallas_tpu.hidden(_rows(x), *weights, activation=activation), x),)
+
+    def on_gpu(x, *weights):
         from gemma_mlp.kernels import pallas_gpu  # what it imports is not in JAX on every system
 
         weights = [weight.astype(x.dtype) for weight in weights]
@@ -75,6 +84,7 @@ def hidden(
         return tuple(_as_tokens(a, x) for a in results)
 
     out_specs = [split.hidden] * (3 if keep else 1)
+    compute = {"tpu": on_tpu, "gpu": on_gpu}[kernels]
     return split.run(compute, [split.rows, *split.weights[:2]], out_specs, x, *_weights(params)[:2])
 
 

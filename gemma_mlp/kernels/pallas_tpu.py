@@ -1,9 +1,9 @@
-"""The feed-forward's forward pass for TPUs, in one kernel (Pallas, Mosaic): h is nowhere in memory.
+"""The feed-forward's forward pass for TPUs in one kernel (Pallas, Mosaic), h nowhere in memory; another for h alone.
 
 Every product takes operands in the compute dtype and is summed in float32; between products everything is float32 in
 VMEM, so that gate and up are never rounded. Weights are cast as they arrive, a block at a time.
 
-The grid goes through blocks of tokens and, for each, through blocks of F, over which y is summed in VMEM; the rows of x
+The grids go through blocks of tokens and, for each, through blocks of F, over which y is summed in VMEM; the rows of x
 stay there meanwhile. A last block of tokens that is not full computes on whatever follows in memory: rows do not mix,
 and those are not written. Blocks are addressed by the number of their first row and column: no offset in elements is
 computed, which 32 bits might not hold.
@@ -101,6 +101,41 @@ def _kernel(activation, rows, x, gate_proj, up_proj, down_proj, y, *rest):
     @pl.when(pl.program_id(1) == pl.num_programs(1) - 1)
     def _():
         store(y, sum_TD)
+
+
+def hidden(
+    x: Float[Array, "T D"], gate_proj: Float[Array, "D F"], up_proj: Float[Array, "D F"], *, activation: Activation
+) -> Float[Array, "T F"]:
+    """h = activation(x W_gate) * (x W_up), in the dtype of x. It needs no memory but its result's."""
+    (tokens, embed_dim), dtype, weight_dtype = x.shape, x.dtype, gate_proj.dtype
+    hidden_dim = gate_proj.shape[1]
+
+    def vmem_bytes(blocks):
+        row = 2 * dtype.itemsize * (embed_dim + blocks.hidden)
+        column = 2 * embed_dim * (2 * weight_dtype.itemsize + dtype.itemsize * (weight_dtype != dtype))
+        return row * blocks.tokens + (column + 4 * blocks.rows * accumulation_dtype(dtype).itemsize) * blocks.hidden
+
+    require_sizes(embed_dim, hidden_dim)
+    blocks = choose_blocks(_candidates(tokens, hidden_dim), vmem_bytes)
+    weight = pl.BlockSpec((embed_dim, blocks.hidden), lambda i, j: (0, j))
+    return pl.pallas_call(
+        functools.partial(_hidden_kernel, activation, blocks.rows),
+        out_shape=jax.ShapeDtypeStruct((tokens, hidden_dim), dtype),
+        grid=(ceil_div(tokens, blocks.tokens), hidden_dim // blocks.hidden),
+        in_specs=[pl.BlockSpec((blocks.tokens, embed_dim), lambda i, j: (i, 0)), weight, weight],
+        out_specs=pl.BlockSpec((blocks.tokens, blocks.hidden), lambda i, j: (i, j)),
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=vmem_limit()
+        ),
+        name="geglu_hidden",
+    )(x, gate_proj, up_proj)
+
+
+def _hidden_kernel(activation, rows, x, gate_proj, up_proj, h):
+    def compute(at):
+        h[at] = gated(activation, multiply(x[at], gate_proj), multiply(x[at], up_proj)).astype(h.dtype)
+
+    in_rows(rows, x.shape[0], compute)
 
 
 class Blocks(NamedTuple):

@@ -80,6 +80,8 @@ def hidden(
     op: Op, params: MLPParams, x: Float[Array, "*B D"], dropout_key: Key[Array, ""] | None
 ) -> Float[Array, "*B F"]:
     """h, in `op.dtype`: what the down projection receives."""
+    if op.kernels is not None:
+        return _hidden_by_kernel(op, params, x)
     return _by_platform(op, _hidden, params, x, _mask(op, params, x, dropout_key))[0]
 
 
@@ -122,6 +124,23 @@ def _feed_forward_backward(op, residuals, dy_BD):
 
 
 _feed_forward.defvjp(_feed_forward_forward, _feed_forward_backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _hidden_by_kernel(op, params, x):
+    return _hidden(op, params, x, None)[0]
+
+
+def _hidden_by_kernel_forward(op, params, x):
+    return _hidden_by_kernel(op, params, x), (params, x)
+
+
+def _hidden_by_kernel_backward(op, residuals, dh_BF):
+    by_xla = op._replace(kernels=None)
+    return jax.vjp(lambda params, x: _hidden(by_xla, params, x, None)[0], *residuals)[1](dh_BF)
+
+
+_hidden_by_kernel.defvjp(_hidden_by_kernel_forward, _hidden_by_kernel_backward)
 
 
 def _forward(op, params, x_BD, dropout_key, *, run=_as_it_is, keep=False):
@@ -171,9 +190,9 @@ def _chunk_size(op, x_BD):
 
 def _hidden(op, params, x, mask_BF, *, keep=False):
     """h and, to `keep`, gate and up, all in the compute dtype."""
-    if op.kernels == "gpu":
+    if op.kernels is not None:
         x = x.astype(op.dtype)
-        return pallas.hidden(params, x, activation=op.activation, keep=keep, rules=op.axis_rules)
+        return pallas.hidden(op.kernels, params, x, activation=op.activation, keep=keep, rules=op.axis_rules)
     gate_BF = _project(op, op.stored, x, params.gate_proj, params.gate_bias)
     up_BF = _project(op, op.stored, x, params.up_proj, params.up_bias)
     if op.save == "autodiff":  # else they are tagged where they are kept

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import jax
 import pytest
-from bench.memory import LAYERS, MIB, TOKENS, apply, config, one, params, scanned, stream
+from bench.memory import LAYERS, MIB, TOKENS, apply, array, config, one, params, scanned, stream
 
-from gemma_mlp import aot, sharding
+from gemma_mlp import aot, mlp, mlp_hidden, sharding
 from tests.aot.test_sharding import POD, SHARD, STREAM, compiled, gathers
 
 ROOT = Path(__file__).parents[2]
@@ -96,11 +96,24 @@ def test_gradient_of_a_scanned_stack(target, size, save, expected, by_xla):
     assert compiled.temp_bytes <= (expected + 1) * MIB < by_xla * MIB
 
 
-def test_more_numbers_than_32_bits_count():
+@pytest.mark.parametrize(("target", "size"), list(zip([V6E, V5P, V5E], SIZES)))
+def test_hidden_activations_need_no_memory(target, size):
+    """By XLA's products one more [T, F], of gate."""
+    settings = kernels(size)
+    arguments = params(settings), stream(settings)
+    by_xla = dataclasses.replace(settings, implementation="xla")
+    assert aot.compile_for(target, functools.partial(mlp_hidden, config=settings), *arguments).temp_bytes == 0
+    assert aot.compile_for(target, functools.partial(mlp_hidden, config=by_xla), *arguments).temp_bytes >= array(by_xla)
+
+
+@pytest.mark.parametrize("function", [mlp, mlp_hidden])
+def test_more_numbers_than_32_bits_count(function):
     settings = kernels("gemma2_27b")
-    tokens = 2**31 // settings.embed_dim + 1000
-    compiled = compile_forward(V5E, settings, tokens)
-    assert compiled.temp_bytes == 0 and compiled.output_bytes >= tokens * settings.embed_dim * 2 > 2**32
+    width = settings.embed_dim if function is mlp else settings.hidden_dim
+    tokens = 2**31 // width + 1000
+    arguments = params(settings), stream(settings, tokens)
+    compiled = aot.compile_for(V5E, functools.partial(function, config=settings), *arguments)
+    assert compiled.temp_bytes == 0 and compiled.output_bytes >= tokens * width * 2 > 2**32
 
 
 def test_every_activation_is_lowered():
