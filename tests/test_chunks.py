@@ -136,6 +136,17 @@ def test_a_cpu_takes_many_tokens_in_chunks(dtype, batch, share):
     assert temp_bytes(gradient(feed_forward)) == temp_bytes(gradient(whole))
 
 
+def test_a_cpu_leaves_the_tokens_of_a_mesh_where_they_are(eight_devices):
+    params, x = samples.mlp_params(case(())[0], "bfloat16"), jnp.ones((8, 128, 64), "bfloat16")
+
+    def loops():
+        return str(jax.make_jaxpr(feed_forward)(params, x)).count("scan[")
+
+    assert loops() > 0
+    with jax.set_mesh(jax.make_mesh((8,), ("data",), (jax.sharding.AxisType.Auto,))):
+        assert loops() == 0
+
+
 def test_a_config_passes_it_on():
     config = MLPConfig(8, 256, chunk_size=2)
     params = MLPParams.init(config, jax.random.key(0))

@@ -74,6 +74,7 @@ def hidden(
     split = Split(x.shape, params.gate_proj.shape[1], rules)
 
     def on_tpu(x, *weights):
+        assert not keep  # of a forward pass all is one kernel
         return (_as_tokens(pallas_tpu.hidden(_rows(x), *weights, activation=activation), x),)
 
     def on_gpu(x, *weights):

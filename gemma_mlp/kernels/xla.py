@@ -28,6 +28,7 @@ from gemma_mlp.dtypes import accumulation_dtype
 from gemma_mlp.kernels import pallas
 from gemma_mlp.kernels.device import target_device
 from gemma_mlp.kernels.products import LANES, ceil_div, in_slices, multiply, outer, round_up
+from gemma_mlp.kernels.split import mesh_to_split
 from gemma_mlp.params import MLPParams
 
 V5P = {"TPU v5", "TPU v5p"}  # the device kinds that JAX knows a v5p by
@@ -176,12 +177,12 @@ def _forward(op, params, x_BD, dropout_key, *, run=_as_it_is, keep=False):
 
 
 def _chunk_size(op, x_BD):
-    """The positions of a chunk: what is asked for, or on a CPU what is fastest where no gradient uses gate and up.
+    """The positions of a chunk: what is asked for, or on a CPU what is fastest where no gradient needs gate and up.
 
-    There each call has its memory anew from the system, page by page: less than 32 MiB the allocator keeps.
+    More than 32 MiB a CPU's call gets from the system anew, page by page; less the allocator keeps from call to call.
     """
     tokens = math.prod(x_BD.shape[:-1])
-    if op.chunk_size is not None or not op.on_cpu or op.axis_rules is not None or tokens < CPU_TOKENS:
+    if op.chunk_size is not None or not op.on_cpu or mesh_to_split() is not None or tokens < CPU_TOKENS:
         return op.chunk_size
     # gate and up are in float32 beside h, which in bfloat16 is a third array.
     least = 2 if op.dtype == jnp.bfloat16 else 1
