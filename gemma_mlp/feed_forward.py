@@ -109,7 +109,7 @@ def hidden_activations(
     Returns:
       h, [*B, F], in the compute dtype.
     """
-    save = "input" if implementation == "pallas" else "autodiff"
+    save = "input" if implementation == "pallas" else "autodiff"  # which kernels do not have
     op = _checked_op(params, x, activation, dtype, dropout_rate, dropout_key, save, None, axis_rules, implementation)
     return placed_automatically(functools.partial(xla.hidden, op), _hidden_spec)(params, x, dropout_key)
 
