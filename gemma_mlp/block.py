@@ -9,7 +9,7 @@ from jaxtyping import Array, Float, Key
 
 from gemma_mlp.config import MLPConfig
 from gemma_mlp.dtypes import accumulation_dtype, compute_dtype
-from gemma_mlp.feed_forward import feed_forward, hidden_activations
+from gemma_mlp.op.api import feed_forward, hidden_activations
 from gemma_mlp.params import MLPBlockParams, MLPParams
 from gemma_mlp.rms_norm import rms_norm
 

@@ -7,9 +7,9 @@ import types
 from typing import Any, Literal, get_args
 
 from gemma_mlp.activations import ACTIVATIONS, Activation
-from gemma_mlp.axes import Rules, require_rules
 from gemma_mlp.checks import require
 from gemma_mlp.dtypes import dtype_name
+from gemma_mlp.mesh import Rules, require_rules
 
 Save = Literal["input", "gate_up", "autodiff"]
 Implementation = Literal["xla", "pallas"]

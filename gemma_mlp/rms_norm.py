@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from gemma_mlp.axes import placed_automatically, spec_of
 from gemma_mlp.checks import describe, ensure_finite, require
 from gemma_mlp.dtypes import accumulation_dtype, compute_dtype
+from gemma_mlp.mesh import placed_automatically, spec_of
 
 
 def rms_norm(

@@ -17,7 +17,8 @@ from flax import linen as nn
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from gemma_mlp.axes import (
+from gemma_mlp.checks import require
+from gemma_mlp.mesh import (
     RULES,
     SEQUENCE_PARALLEL_RULES,
     Rules,
@@ -26,7 +27,6 @@ from gemma_mlp.axes import (
     require_divisible,
     require_rules,
 )
-from gemma_mlp.checks import require
 from gemma_mlp.params import ParamSpec
 
 __all__ = ["RULES", "SEQUENCE_PARALLEL_RULES", "Rules", "activation_sharding", "named_shardings", "optimizer_shardings"]

@@ -1,7 +1,7 @@
 """Time, accuracy and memory of the feed-forward at a Gemma 2 size: tables, benchmark.json and benchmark.png.
 
-    python scripts/benchmark.py --config=configs/gemma2.py:2b        # or :9b, :27b
-    python scripts/benchmark.py --config=configs/gemma2.py:2b --config.sections="('memory',)"
+    python scripts/benchmark.py --config=configs/benchmark.py:2b        # or :9b, :27b
+    python scripts/benchmark.py --config=configs/benchmark.py:2b --config.sections="('memory',)"
 
 Time is taken on JAX's default device, so let nothing else run. Memory is of this CPU and, with the `aot` extra and
 JAX_PLATFORMS=cpu, of TPUs and the H200. With the `peers` extra, Hugging Face's module on PyTorch takes part.
@@ -14,7 +14,7 @@ from pathlib import Path
 
 import jax
 from absl import app, logging
-from bench import accuracy, figure, memory, timing
+from benchmark import accuracy, figure, memory, timing
 from ml_collections import config_flags
 from tqdm import tqdm
 
@@ -23,7 +23,7 @@ from gemma_mlp.checks import require
 
 CONFIG = config_flags.DEFINE_config_file(
     "config",
-    str(Path(__file__).parents[1] / "configs" / "gemma2.py:2b"),
+    str(Path(__file__).parents[1] / "configs" / "benchmark.py:2b"),
     "What to measure; override any field with --config.FIELD=VALUE.",
 )
 

@@ -1,7 +1,7 @@
 """Does the gate of GeGLU help, does its smoothness? Held-out loss, gradient flow, fit, curvature, GELU's two forms.
 
     python scripts/compare_activations.py                                     # the README's figures, 26 CPU minutes
-    python scripts/compare_activations.py --config=configs/compare.py:smoke   # all of it, too small to tell anything
+    python scripts/compare_activations.py --config=configs/compare_activations.py:smoke  # too small to tell
     python scripts/compare_activations.py --config.data=FILE_OR_FOLDER --config.workdir=runs/mine
 
 Interrupt it at any time; the same command goes on after the last finished run, to the same tables. Seeds train side by
@@ -12,18 +12,18 @@ import json
 from pathlib import Path
 
 from absl import app, logging
-from comparison import approximation, curvature, expressiveness, figure, gradient_flow, heldout
-from comparison.contestants import CONTESTANTS
-from comparison.ledger import Ledger
+from compare_activations import approximation, curvature, expressiveness, figure, gradient_flow, heldout
+from compare_activations.contestants import CONTESTANTS
+from compare_activations.ledger import Ledger
 from ml_collections import config_flags
-from toy.records import claim_workdir, write_atomically
 from tqdm import tqdm
+from train_toy.records import claim_workdir, write_atomically
 
 from gemma_mlp.checks import require
 
 CONFIG = config_flags.DEFINE_config_file(
     "config",
-    str(Path(__file__).parents[1] / "configs" / "compare.py"),
+    str(Path(__file__).parents[1] / "configs" / "compare_activations.py"),
     "What to compare; override any field with --config.FIELD=VALUE.",
 )
 SECTIONS = {section.NAME: section for section in (heldout, gradient_flow, expressiveness, curvature, approximation)}

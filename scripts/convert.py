@@ -1,7 +1,7 @@
 """Converts the block's parameters from one library's checkpoint into another's, and reads the result back.
 
     python scripts/convert.py --source=HF_FOLDER --target=NEW --to=deepmind_flat --transpose_gating_einsum=true
-    python scripts/convert.py --source=ORBAX --preset=gemma2_2b --target=NEW --to=nnx
+    python scripts/convert.py --source=ORBAX --preset=gemma2_2b --target=NEW --to=tunix
     python scripts/convert.py --source=ORBAX --embed_dim=64 --hidden_dim=256 --target=HF_FOLDER --to=huggingface
 
 A source with a config.json is a Hugging Face folder; any other is an Orbax checkpoint, whose layout its names tell. A
@@ -21,7 +21,7 @@ from tqdm import tqdm
 from gemma_mlp import PRESETS, MLPBlockParams, MLPConfig, checkpoint, layouts
 from gemma_mlp.checks import require
 from gemma_mlp.dtypes import DTYPES
-from gemma_mlp.trees import Layout, stored_tensors
+from gemma_mlp.layouts.trees import Layout, stored_tensors
 
 SOURCE = flags.DEFINE_string("source", None, "A Hugging Face folder or an Orbax checkpoint.", required=True)
 TARGET = flags.DEFINE_string("target", None, "Where to write.", required=True)

@@ -16,10 +16,10 @@ import jax
 from absl import app, flags, logging
 from meshes import parse
 from ml_collections import config_flags
-from planning import chips
-from planning.attempts import attempt
-from planning.search import cases, meshes, nothing_fits, ranked, search
-from planning.stack import LAYERS, PROGRAMS, SAVES, Case
+from plan import chips
+from plan.attempts import attempt
+from plan.search import cases, meshes, nothing_fits, ranked, search
+from plan.stack import LAYERS, PROGRAMS, SAVES, Case
 from tqdm import tqdm
 
 from gemma_mlp.checks import require

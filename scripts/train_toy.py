@@ -15,13 +15,13 @@ from pathlib import Path
 
 from absl import app, flags, logging
 from ml_collections import config_flags
-from toy import parallel
-from toy.run_config import RunConfig
-from toy.training import train
+from train_toy import parallel
+from train_toy.run_config import RunConfig
+from train_toy.training import train
 
 CONFIG = config_flags.DEFINE_config_file(
     "config",
-    str(Path(__file__).parents[1] / "configs" / "tiny.py"),
+    str(Path(__file__).parents[1] / "configs" / "train_toy.py"),
     "The run; override any field with --config.FIELD=VALUE.",
 )
 DISTRIBUTED = flags.DEFINE_bool("distributed", False, "One of several processes, as JAX finds them in the cluster.")

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from gemma_mlp import ACTIVATIONS
-from tests import reference
+from gemma_mlp.testing import oracle
 
 GLU_FAMILY = {"gelu_tanh", "gelu", "silu", "relu", "sigmoid", "identity"}
 LITERALS = {  # activation(1), activation(-2), computed by hand to ten digits
@@ -27,7 +27,7 @@ def test_values_against_literals_and_oracle(name):
         at_points = ACTIVATIONS[name](jnp.array([1.0, -2.0], jnp.float64))
         np.testing.assert_allclose(at_points, LITERALS[name], atol=5e-11)
         x = np.linspace(-12, 12, 4801)
-        np.testing.assert_allclose(ACTIVATIONS[name](jnp.asarray(x)), reference.ACTIVATIONS[name][0](x), atol=4e-15)
+        np.testing.assert_allclose(ACTIVATIONS[name](jnp.asarray(x)), oracle.ACTIVATIONS[name][0](x), atol=4e-15)
 
 
 def test_the_tanh_form_is_off_by_4_73e_4_near_minus_2_70():

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from gemma_mlp import MLPBlockParams, MLPConfig, mlp_block
-from tests import reference, samples
-from tests.comparison import CASES
-from tests.reference import relative_error
+from gemma_mlp.testing import oracle, samples
+from gemma_mlp.testing.oracle import relative_error
+from tests.support.comparison import CASES
 
 EMBED_DIM, HIDDEN_DIM, EPS = 64, 256, 1e-6
 
@@ -28,9 +28,9 @@ def run(arrays, x, dy, dtype, *, jit=False, **options):
     return (jax.jit(compute) if jit else compute)(samples.block_params(arrays, dtype), jnp.asarray(x, dtype), dy)
 
 
-def oracle(arrays, x, dy, activation="gelu_tanh", eps=EPS, stored=reference.exact):
-    y = reference.block(arrays, x, activation, eps, stored)
-    return y, *reference.block_gradients(arrays, x, dy, activation, eps, stored)
+def exact_result(arrays, x, dy, activation="gelu_tanh", eps=EPS, stored=oracle.exact):
+    y = oracle.block(arrays, x, activation, eps, stored)
+    return y, *oracle.block_gradients(arrays, x, dy, activation, eps, stored)
 
 
 def errors(result, expected):
@@ -47,15 +47,15 @@ def test_float32_equals_the_oracle(activation, use_bias, batch, jit):
     arrays, x, dy = case(batch, use_bias)
     result = run(arrays, x, dy, "float32", jit=jit, activation=activation)
     assert result[0].shape == x.shape and result[0].dtype == jnp.float32
-    for name, error in errors(result, oracle(arrays, x, dy, activation)).items():
+    for name, error in errors(result, exact_result(arrays, x, dy, activation)).items():
         assert error <= 1e-6, name
 
 
 @pytest.mark.parametrize(("activation", "use_bias", "batch", "jit"), CASES, ids=str)
 def test_bfloat16_is_at_the_floor_of_rounding_what_is_stored(activation, use_bias, batch, jit):
     arrays, x, dy = case(batch, use_bias)
-    exact = oracle(arrays, x, dy, activation)
-    floor = errors(oracle(arrays, x, dy, activation, stored=reference.bfloat16), exact)
+    exact = exact_result(arrays, x, dy, activation)
+    floor = errors(exact_result(arrays, x, dy, activation, stored=oracle.bfloat16), exact)
     result = run(arrays, x, dy, "bfloat16", jit=jit, activation=activation)
     assert {leaf.dtype.name for leaf in jax.tree.leaves(result)} == {"bfloat16"}
     for name, error in errors(result, exact).items():
@@ -64,13 +64,13 @@ def test_bfloat16_is_at_the_floor_of_rounding_what_is_stored(activation, use_bia
 
 def test_without_post_norm_as_in_gemma_1():
     arrays, x, dy = case((3,), post_norm=False)
-    for name, error in errors(run(arrays, x, dy, "float32", post_norm=False), oracle(arrays, x, dy)).items():
+    for name, error in errors(run(arrays, x, dy, "float32", post_norm=False), exact_result(arrays, x, dy)).items():
         assert error <= 1e-6, name
 
 
 def test_square_weights_are_not_transposed():
     arrays, x, dy = case((3,), embed_dim=64, hidden_dim=64)
-    for name, error in errors(run(arrays, x, dy, "float32"), oracle(arrays, x, dy)).items():
+    for name, error in errors(run(arrays, x, dy, "float32"), exact_result(arrays, x, dy)).items():
         assert error <= 1e-6, name
 
 
@@ -79,7 +79,9 @@ def test_eps_reaches_both_norms():
     arrays, x, dy = case((3,), scale=1e-2)
     arrays["mlp"]["down_proj"] *= 2.0**-7
     eps = 1e-4
-    for name, error in errors(run(arrays, x, dy, "float32", norm_eps=eps), oracle(arrays, x, dy, eps=eps)).items():
+    for name, error in errors(
+        run(arrays, x, dy, "float32", norm_eps=eps), exact_result(arrays, x, dy, eps=eps)
+    ).items():
         assert error <= 1e-6, name
 
 
@@ -92,7 +94,7 @@ def test_the_residual_stream_keeps_its_dtype():
     # What the block adds to a large float32 stream is at the floor of bf16 products: the stream itself is not rounded.
     x = 64 * x
     added = np.float64(mlp_block(params, jnp.float32(x), config)) - x
-    assert relative_error(added, reference.block(arrays, x, "gelu_tanh", EPS) - x) <= 5e-3
+    assert relative_error(added, oracle.block(arrays, x, "gelu_tanh", EPS) - x) <= 5e-3
 
 
 def test_saved_residuals():

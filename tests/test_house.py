@@ -9,28 +9,33 @@ import gemma_mlp
 
 PACKAGE = Path(gemma_mlp.__file__).parent
 FLOORS = [
-    {"checks", "activations", "kernels.device"},
-    {"dtypes", "axes", "hlo", "safetensors_folder"},
-    {"config", "aot"},
-    {"params", "rms_norm", "kernels.products"},
-    {"trees", "sharding", "kernels.pallas_tpu", "kernels.pallas_gpu", "kernels.split"},
-    {"kernels.pallas_tpu_gradients"},
-    {"kernels.pallas"},
-    {"kernels.xla"},
-    {"feed_forward", "layouts", "loading"},
-    {"block", "hf_checkpoint", "orbax_checkpoint"},
-    {"nnx", "linen", "checkpoint"},
+    {"checks", "activations", "op.device", "testing.oracle"},
+    {"dtypes", "mesh", "aot.hlo", "checkpoint.safetensors_folder"},
+    {"config", "aot.compilers"},
+    {"params", "rms_norm", "op.cpu", "aot"},
+    {"layouts.trees", "sharding", "op.tpu", "op.gpu", "op.split", "testing.samples"},
+    {"op.tpu_gradients"},
+    {"op.backends"},
+    {"op.vjp"},
+    {"op.api", "layouts.libraries"},
+    {"block", "layouts"},
+    {"checkpoint.loading"},
+    {"checkpoint.huggingface", "checkpoint.orbax"},
+    {"nnx", "linen", "checkpoint", "testing.stacks"},
 ]
+EMPTY = {"__init__", "op", "testing"}  # packages that hold no names of their own
 FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}
 
 
 def modules():
     files = (file.relative_to(PACKAGE).with_suffix("") for file in PACKAGE.rglob("*.py"))
-    return [".".join(file.parts) for file in files if file.name != "__init__"]
+    names = (".".join(file.parts).removesuffix(".__init__") for file in files)
+    return [name for name in names if name not in EMPTY]
 
 
 def imports_of(name):
-    tree = ast.parse((PACKAGE / f"{name.replace('.', '/')}.py").read_text())
+    path = PACKAGE / name.replace(".", "/")
+    tree = ast.parse((path / "__init__.py" if path.is_dir() else path.with_suffix(".py")).read_text())
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "gemma_mlp":
             module = (node.module or "").removeprefix("gemma_mlp").removeprefix(".")

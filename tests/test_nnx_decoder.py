@@ -9,7 +9,7 @@ from flax import nnx
 
 import gemma_mlp
 from gemma_mlp import MLPConfig, checkpoint, layouts, mlp_block
-from tests.reference import relative_error
+from gemma_mlp.testing.oracle import relative_error
 
 pytestmark = pytest.mark.promotes  # Flax and Orbax rely on it
 

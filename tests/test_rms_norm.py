@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from gemma_mlp import rms_norm
-from tests import reference, samples
-from tests.reference import relative_error
+from gemma_mlp.testing import oracle, samples
+from gemma_mlp.testing.oracle import relative_error
 
 EMBED_DIM = 64
 
@@ -25,16 +25,16 @@ def test_float32_value_and_gradients_equal_the_oracle(batch, jit):
     scale, x, dy = case(batch)
     function = jax.jit(rms_norm) if jit else rms_norm
     y, dscale, dx = samples.value_and_pullback(function, jnp.float32(scale), jnp.float32(x), dy)
-    assert relative_error(y, reference.rms_norm(scale, x, 1e-6)) <= 1e-6
-    expected_dscale, expected_dx = reference.rms_norm_gradients(scale, x, dy, 1e-6)
+    assert relative_error(y, oracle.rms_norm(scale, x, 1e-6)) <= 1e-6
+    expected_dscale, expected_dx = oracle.rms_norm_gradients(scale, x, dy, 1e-6)
     assert relative_error(dscale, expected_dscale) <= 1e-6
     assert relative_error(dx, expected_dx) <= 1e-6
 
 
 def test_bfloat16_rounds_once():
     scale, x, _ = case((256,))
-    exact = reference.rms_norm(scale, x, 1e-6)
-    floor = relative_error(reference.bfloat16(exact), exact)
+    exact = oracle.rms_norm(scale, x, 1e-6)
+    floor = relative_error(oracle.bfloat16(exact), exact)
     y = rms_norm(jnp.asarray(scale, "bfloat16"), jnp.asarray(x, "bfloat16"))
     assert y.dtype == jnp.bfloat16
     assert relative_error(y, exact) <= 1.001 * floor
@@ -44,7 +44,7 @@ def test_bfloat16_rounds_once():
 def test_eps_is_added_to_the_mean_square_under_the_root(eps):
     scale, x, _ = case((3,), scale=1e-3)  # a mean square of 1e-6, where eps decides
     y = rms_norm(jnp.float32(scale), jnp.float32(x), eps=eps)
-    assert relative_error(y, reference.rms_norm(scale, x, eps)) <= 1e-6
+    assert relative_error(y, oracle.rms_norm(scale, x, eps)) <= 1e-6
 
 
 def test_a_zero_scale_is_the_identity_on_normalised_input():

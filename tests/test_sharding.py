@@ -15,9 +15,10 @@ from jax.sharding import AxisType, NamedSharding
 import gemma_mlp
 from gemma_mlp import MLPBlockParams, MLPConfig, MLPParams, RMSNormParams, feed_forward, hidden_activations, sharding
 from gemma_mlp.params import ParamSpec
-from tests import reference, samples, test_block
-from tests.comparison import FLOAT32_BOUND, SAVES, errors, oracle
-from tests.reference import relative_error
+from gemma_mlp.testing import oracle, samples
+from gemma_mlp.testing.oracle import relative_error
+from tests import test_block
+from tests.support.comparison import FLOAT32_BOUND, SAVES, errors, exact_result
 
 MESHES = ((8, 1), (4, 2), (2, 4), (1, 8))  # fsdp, tensor
 RULES = {"tensor": sharding.RULES, "sequence": sharding.SEQUENCE_PARALLEL_RULES}
@@ -35,7 +36,7 @@ def case(use_bias=False):
     rng = np.random.default_rng(0)
     arrays = samples.mlp_arrays(rng, EMBED_DIM, HIDDEN_DIM, use_bias)
     x, dy = (samples.normal(rng, (8, 8, EMBED_DIM)) for _ in range(2))
-    return arrays, x, dy, oracle(arrays, x, dy, "gelu_tanh")
+    return arrays, x, dy, exact_result(arrays, x, dy, "gelu_tanh")
 
 
 def spread(tree, mesh, rules, specs):
@@ -98,7 +99,7 @@ def in_linen(config):
 @functools.cache
 def block_case():
     arrays, x, dy = test_block.case((8, 8), embed_dim=EMBED_DIM, hidden_dim=HIDDEN_DIM)
-    return arrays, x, dy, test_block.oracle(arrays, x, dy)
+    return arrays, x, dy, test_block.exact_result(arrays, x, dy)
 
 
 def tree_of(arrays):
@@ -155,7 +156,7 @@ def test_any_leading_axes(shape):
     params = samples.mlp_params(arrays, "float32")
     with jax.set_mesh(mesh):
         y = jax.jit(functools.partial(feed_forward, axis_rules=rules, chunk_size=3))(params, x)
-    assert relative_error(y, reference.mlp(arrays, np.asarray(x, np.float64), "gelu_tanh")[0]) <= FLOAT32_BOUND
+    assert relative_error(y, oracle.mlp(arrays, np.asarray(x, np.float64), "gelu_tanh")[0]) <= FLOAT32_BOUND
 
 
 def test_rules_change_nothing_without_a_mesh():
@@ -176,7 +177,7 @@ def test_hidden_activations_on_explicit_axes():
         stream = sharding.activation_sharding(x.shape, mesh, rules)
         h = jax.jit(hidden_activations)(params, jax.device_put(jnp.asarray(x, "float32"), stream))
     assert jax.typeof(h).sharding.spec == jax.P(("data", "fsdp"), None, "tensor")
-    assert relative_error(h, reference.mlp(arrays, x, "gelu_tanh")[1][-1]) <= FLOAT32_BOUND
+    assert relative_error(h, oracle.mlp(arrays, x, "gelu_tanh")[1][-1]) <= FLOAT32_BOUND
 
 
 class TestShardings:

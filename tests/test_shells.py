@@ -15,7 +15,7 @@ from flax import nnx
 
 import gemma_mlp
 from gemma_mlp import MLPBlockParams, MLPConfig, MLPParams, RMSNormParams, mlp, mlp_block, mlp_hidden
-from tests import samples
+from gemma_mlp.testing import samples
 
 CONFIG = MLPConfig(8, 16)
 DROPOUT = dataclasses.replace(CONFIG, dropout_rate=0.5)

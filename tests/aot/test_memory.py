@@ -6,9 +6,21 @@ differentiates it, compiled beside it.
 
 import jax
 import pytest
-from bench.memory import LAYERS, MIB, TOKENS, apply, array, config, one, params, scanned, stack_bytes, stream
 
 from gemma_mlp import MLPBlockParams, aot, mlp_block
+from gemma_mlp.testing.stacks import (
+    LAYERS,
+    MIB,
+    TOKENS,
+    apply,
+    array,
+    config,
+    one,
+    params,
+    scanned,
+    stack_bytes,
+    stream,
+)
 
 TPUS = ["tpu v5e:2x2", "tpu v5p:2x2x1", "tpu v6e:2x2"]
 

@@ -1,4 +1,4 @@
-"""The kernels for GPUs as the H200's compilers make it: memory, registers, and how it reaches global memory.
+"""The kernels for GPUs as the H200's compilers make it: memory, registers, and how it reaches global stacks.
 
 A process of its own compiles, because the compilers tell of a kernel on the standard error stream, once per process,
 and abort where they find no libdevice.
@@ -13,9 +13,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from bench import memory
 
 from gemma_mlp import aot
+from gemma_mlp.testing import stacks
 
 ROOT = Path(__file__).parents[2]
 SIZES = {"gemma2_2b": (2304, 9216), "gemma2_9b": (3584, 14336), "gemma2_27b": (4608, 36864)}
@@ -38,7 +38,7 @@ def keeps(tokens):
 def compile_all():
     import jax
 
-    from gemma_mlp.kernels import pallas_gpu
+    from gemma_mlp.op import gpu
 
     for kernel, T, D, F, activation in CASES:
         print(START, flush=True)
@@ -46,7 +46,7 @@ def compile_all():
             shapes, options, donated = ((T, D), (D, F), (D, F)), {"keep": keeps(T)}, ()
         else:
             shapes, options, donated = ((T, D), (F, D), (T, F), (T, F)), {}, (2, 3)
-        results = functools.partial(getattr(pallas_gpu, kernel), activation=activation, **options)
+        results = functools.partial(getattr(gpu, kernel), activation=activation, **options)
 
         def h_last(*args):
             """As JAX gives the places of gate and up, donated, to the first results."""
@@ -91,22 +91,22 @@ def compiled_cases():
 @pytest.mark.parametrize("save", ["input", "gate_up"])
 @pytest.mark.parametrize("triton", [True, False])
 def test_gradient_of_a_scanned_stack_needs_no_more_than_by_xla(triton, save):
-    settings = memory.config("gemma2_2b", save, implementation="pallas")
+    settings = stacks.config("gemma2_2b", save, implementation="pallas")
     compiled = aot.compile_for(
         "h200",
-        memory.scanned(memory.apply(settings)),
-        memory.params(settings, memory.LAYERS),
-        memory.stream(settings),
+        stacks.scanned(stacks.apply(settings)),
+        stacks.params(settings, stacks.LAYERS),
+        stacks.stream(settings),
         compiler_options={"xla_gpu_enable_triton_gemm": triton},
     )
-    by_xla = memory.stack_bytes("h200", "scanned", save, "gemma2_2b", triton)
+    by_xla = stacks.stack_bytes("h200", "scanned", save, "gemma2_2b", triton)
     assert compiled.temp_bytes <= by_xla + 1024  # a few words of bookkeeping
 
 
 @pytest.mark.parametrize("tokens", [1, 16])
 def test_decoding_makes_no_temporary_of_the_size_of_a_weight(tokens):
-    settings = memory.config("gemma2_27b", implementation="pallas")
-    compiled = aot.compile_for("h200", memory.apply(settings), memory.params(settings), memory.stream(settings, tokens))
+    settings = stacks.config("gemma2_27b", implementation="pallas")
+    compiled = aot.compile_for("h200", stacks.apply(settings), stacks.params(settings), stacks.stream(settings, tokens))
     assert compiled.temp_bytes <= 0.02 * settings.embed_dim * settings.hidden_dim * 2
 
 

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import jax
 import pytest
-from bench.memory import LAYERS, MIB, TOKENS, apply, array, config, one, params, scanned, stream
 
 from gemma_mlp import aot, mlp, mlp_hidden, sharding
+from gemma_mlp.testing.stacks import LAYERS, MIB, TOKENS, apply, array, config, one, params, scanned, stream
 from tests.aot.test_sharding import POD, SHARD, STREAM, compiled, gathers
 
 ROOT = Path(__file__).parents[2]

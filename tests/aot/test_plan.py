@@ -7,8 +7,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from planning import attempts, chips
-from planning.stack import Case
+from plan import attempts, chips
+from plan.stack import Case
 
 ROOT = Path(__file__).parents[2]
 D, F, LAYERS = 640, 2048, 18  # Gemma 3 270M

@@ -8,11 +8,10 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
-from bench.memory import MIB, apply, config, one
-from bench.plain import plain
 from jax.sharding import Mesh
 
 from gemma_mlp import MLPParams, aot, sharding
+from gemma_mlp.testing.stacks import MIB, apply, config, one, plain
 
 POD = "tpu v5e:16x16"
 

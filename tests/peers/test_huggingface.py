@@ -16,8 +16,8 @@ from transformers.models.gemma2 import modeling_gemma2  # noqa: E402
 
 from gemma_mlp import MLPConfig, MLPParams, mlp, mlp_block, rms_norm  # noqa: E402
 from gemma_mlp.params import MLPBlockParams, RMSNormParams  # noqa: E402
-from tests import samples  # noqa: E402
-from tests.reference import relative_error  # noqa: E402
+from gemma_mlp.testing import samples  # noqa: E402
+from gemma_mlp.testing.oracle import relative_error  # noqa: E402
 
 EMBED_DIM, HIDDEN_DIM = 64, 256
 CONFIG = MLPConfig(EMBED_DIM, HIDDEN_DIM)

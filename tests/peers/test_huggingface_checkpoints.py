@@ -10,7 +10,7 @@ transformers = pytest.importorskip(
 )
 
 from gemma_mlp import checkpoint, mlp_block  # noqa: E402
-from tests.reference import relative_error  # noqa: E402
+from gemma_mlp.testing.oracle import relative_error  # noqa: E402
 
 SIZES = {
     "vocab_size": 32,

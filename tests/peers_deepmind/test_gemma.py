@@ -22,7 +22,7 @@ with warnings.catch_warnings():
 
 import gemma_mlp
 from gemma_mlp import MLPConfig, checkpoint, layouts, mlp, mlp_block
-from tests.reference import relative_error
+from gemma_mlp.testing.oracle import relative_error
 
 pytestmark = [pytest.mark.promotes, pytest.mark.filterwarnings("ignore")]
 

@@ -1,0 +1,255 @@
+"""The feed-forward's backward pass for TPUs (Pallas, Mosaic): one kernel for all of it, one where gate and up are kept.
+
+The grids go through blocks of F and, for each, through all tokens. Products are summed in float32 and stay so in VMEM,
+as do the sums over tokens that weights' gradients are: each result is rounded once and written once.
+
+Where nothing is kept no [T, F] is in memory: gate, up and dh of a block are computed again in VMEM. The gradient of x,
+which all blocks of F add to, is in memory in float32; each step fetches its rows, adds and sends them back. Where gate
+and up are kept their gradients and that of W_down are the kernel's, without an h or dh in memory; the products of these
+with x and with the weights are XLA's.
+
+The gradients take the place of the weights, and of gate and up, that a kernel is given, whose blocks are read once,
+before: where these are copies already, as in a scan over layers, the gradients need no memory of their own.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+from jaxtyping import Array, Float
+
+from gemma_mlp.activations import Activation
+from gemma_mlp.dtypes import accumulation_dtype
+from gemma_mlp.op.cpu import ceil_div, round_up
+from gemma_mlp.op.tpu import (
+    ROWS,
+    Blocks,
+    choose_blocks,
+    dot,
+    fill_zeros,
+    gated,
+    multiply,
+    parts_of_hidden,
+    require_sizes,
+    store,
+    vmem_limit,
+)
+
+# Tokens of a step. For each block of F x, dy and dx pass by, 12 bytes for each of T D, for 16 FLOPs times the block's
+# width, whatever the number of tokens in a step: 683 FLOPs to a byte with 512, where a v6e needs 560.
+MOST_TOKENS = 256
+
+
+def gradients(
+    x: Float[Array, "T D"],
+    dy: Float[Array, "T D"],
+    gate_proj: Float[Array, "D F"],
+    up_proj: Float[Array, "D F"],
+    down_proj: Float[Array, "F D"],
+    *,
+    activation: Activation,
+) -> tuple[Float[Array, "T D"], Float[Array, "D F"], Float[Array, "D F"], Float[Array, "F D"]]:
+    """The gradients of x, in float32, and of the weights, in their dtypes, for the gradient dy of y."""
+    (tokens, embed_dim), dtype, weight_dtype = x.shape, x.dtype, gate_proj.dtype
+    hidden_dim = gate_proj.shape[1]
+    wide = accumulation_dtype(dtype)
+
+    def vmem_bytes(blocks):
+        row = embed_dim * (2 * 2 * dtype.itemsize + 2 * wide.itemsize)
+        column = 3 * embed_dim * (4 * weight_dtype.itemsize + wide.itemsize)
+        cast = 3 * embed_dim * dtype.itemsize * (weight_dtype != dtype)
+        inner = 8 * blocks.hidden * wide.itemsize + embed_dim * wide.itemsize
+        return (row + inner) * blocks.tokens + (column + cast) * blocks.hidden
+
+    require_sizes(embed_dim, hidden_dim)
+    blocks = choose_blocks(_candidates(tokens, hidden_dim), vmem_bytes)
+    turns = ceil_div(tokens, blocks.tokens)
+    hidden_parts = hidden_dim // blocks.hidden
+    cores = pltpu.get_tpu_info().num_cores
+    if hidden_parts % cores:
+        cores = 1
+    hidden_parts //= cores
+
+    def of_tokens(core, j, i):
+        return i, 0
+
+    def gate_up(core, j, i):
+        return 0, core * hidden_parts + j
+
+    def down(core, j, i):
+        return core * hidden_parts + j, 0
+
+    stream = pl.BlockSpec((blocks.tokens, embed_dim), of_tokens)
+    weights = [*[pl.BlockSpec((embed_dim, blocks.hidden), gate_up)] * 2, pl.BlockSpec((blocks.hidden, embed_dim), down)]
+    dx, *dweights = pl.pallas_call(
+        functools.partial(_kernel, activation, tokens, turns),
+        out_shape=[
+            jax.ShapeDtypeStruct((cores, turns * blocks.tokens, embed_dim), wide),
+            *[jax.ShapeDtypeStruct(weight.shape, weight_dtype) for weight in (gate_proj, up_proj, down_proj)],
+        ],
+        grid=(cores, hidden_parts, turns),
+        in_specs=[stream, stream, *weights],
+        out_specs=[pl.BlockSpec(memory_space=pl.ANY), *weights],
+        input_output_aliases={2: 1, 3: 2, 4: 3},
+        scratch_shapes=[
+            *[pltpu.VMEM((embed_dim, blocks.hidden), wide)] * 2,
+            pltpu.VMEM((blocks.hidden, embed_dim), wide),
+            pltpu.VMEM((2, blocks.tokens, embed_dim), wide),
+            pltpu.SemaphoreType.DMA((2,)),
+            pltpu.SemaphoreType.DMA((2,)),
+        ],
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "arbitrary", "arbitrary"), vmem_limit_bytes=vmem_limit()
+        ),
+        name="geglu_gradients",
+    )(x, dy, gate_proj, up_proj, down_proj)
+    return jnp.sum(dx, axis=0)[:tokens], *dweights
+
+
+def gradients_from_kept(
+    dy: Float[Array, "T D"],
+    gate: Float[Array, "T F"],
+    up: Float[Array, "T F"],
+    down_proj: Float[Array, "F D"],
+    *,
+    activation: Activation,
+) -> tuple[Float[Array, "T F"], Float[Array, "T F"], Float[Array, "F D"]]:
+    """The gradients of gate, of up and of W_down, in their dtypes, for the gradient dy of y."""
+    (tokens, embed_dim), dtype, weight_dtype = dy.shape, dy.dtype, down_proj.dtype
+    hidden_dim = down_proj.shape[0]
+    wide = accumulation_dtype(dtype)
+
+    def vmem_bytes(blocks):
+        row = (embed_dim + 4 * blocks.hidden) * 2 * dtype.itemsize + 8 * blocks.hidden * wide.itemsize
+        column = embed_dim * (4 * weight_dtype.itemsize + wide.itemsize)
+        cast = embed_dim * dtype.itemsize * (weight_dtype != dtype)
+        return row * blocks.tokens + (column + cast) * blocks.hidden
+
+    require_sizes(embed_dim, hidden_dim)
+    blocks = choose_blocks(_candidates(tokens, hidden_dim), vmem_bytes)
+    part = pl.BlockSpec((blocks.tokens, blocks.hidden), lambda j, i: (i, j))
+    weight = pl.BlockSpec((blocks.hidden, embed_dim), lambda j, i: (j, 0))
+    given = gate, up, down_proj
+    return pl.pallas_call(
+        functools.partial(_kernel_from_kept, activation, tokens),
+        out_shape=tuple(jax.ShapeDtypeStruct(a.shape, a.dtype) for a in given),
+        grid=(hidden_dim // blocks.hidden, ceil_div(tokens, blocks.tokens)),
+        in_specs=[pl.BlockSpec((blocks.tokens, embed_dim), lambda j, i: (i, 0)), part, part, weight],
+        out_specs=(part, part, weight),
+        input_output_aliases={1: 0, 2: 1, 3: 2},
+        scratch_shapes=[pltpu.VMEM((blocks.hidden, embed_dim), wide)],
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=vmem_limit()
+        ),
+        name="geglu_gradients_from_kept",
+    )(dy, *given)
+
+
+def _candidates(tokens, hidden_dim):
+    """From large to small; of the same size those of F first, which decide how often all else is read."""
+    all_tokens = round_up(tokens, ROWS)
+    sizes = {min(MOST_TOKENS >> i, all_tokens) for i in range(MOST_TOKENS.bit_length()) if MOST_TOKENS >> i >= ROWS}
+    blocks = [Blocks(size, part, size) for part in parts_of_hidden(hidden_dim) for size in sizes]
+    return sorted(blocks, key=lambda b: (b.tokens * b.hidden, b.hidden), reverse=True)
+
+
+def _kernel(activation, tokens, turns, x, dy, gate_proj, up_proj, down_proj, dx, *rest):
+    *dweights, sum_gate, sum_up, sum_down, dx_rows, arrivals, departures = rest
+    sums = sum_gate, sum_up, sum_down
+    size = x.shape[0]
+    core, j, i = (pl.program_id(axis) for axis in range(3))
+    step = j * turns + i
+    slot = lax.rem(step, 2)
+    in_memory = dx.at[core, pl.ds(pl.multiple_of(i * size, ROWS), size)]
+    fetch = pltpu.make_async_copy(in_memory, dx_rows.at[slot], arrivals.at[slot])
+    send = pltpu.make_async_copy(dx_rows.at[slot], in_memory, departures.at[slot])
+
+    def wait_until_sent(slot):
+        pltpu.make_async_copy(dx_rows.at[slot], in_memory, departures.at[slot]).wait()
+
+    # What is sent must be in memory before its place is used again, two steps later, and before its rows are fetched
+    # again: one step later, if there is one block of tokens.
+    lag = min(turns, 2)
+
+    @pl.when(step >= lag)
+    def _():
+        wait_until_sent(lax.rem(step - lag, 2))
+
+    @pl.when(j > 0)
+    def _():
+        fetch.start()
+
+    @pl.when(j == 0)
+    def _():
+        fill_zeros(dx_rows.at[slot])
+
+    @pl.when(i == 0)
+    def _():
+        for total in sums:
+            fill_zeros(total)
+
+    x_TD, dy_TD = _existing(x[...], i, tokens), _existing(dy[...], i, tokens)
+    gate, up = multiply(x_TD, gate_proj), multiply(x_TD, up_proj)
+    h, pull_back = jax.vjp(functools.partial(gated, activation), gate, up)
+    dgate, dup = pull_back(multiply(dy_TD, down_proj, transpose=True))
+    h, dgate, dup = (a.astype(x.dtype) for a in (h, dgate, dup))
+    sum_gate[...] += _outer(x_TD, dgate)
+    sum_up[...] += _outer(x_TD, dup)
+    sum_down[...] += _outer(h, dy_TD)
+    part = multiply(dgate, gate_proj, transpose=True) + multiply(dup, up_proj, transpose=True)
+
+    @pl.when(j > 0)
+    def _():
+        fetch.wait()
+
+    dx_rows[slot] += part
+    send.start()
+
+    @pl.when(i == turns - 1)
+    def _():
+        for dweight, total in zip(dweights, sums):
+            store(dweight, total)
+
+    @pl.when(step == pl.num_programs(1) * turns - 1)
+    def _():
+        wait_until_sent(slot)
+
+        @pl.when((step >= 1) & (lag == 2))
+        def _():
+            wait_until_sent(1 - slot)
+
+
+def _kernel_from_kept(activation, tokens, dy, gate, up, down_proj, dgate, dup, ddown_proj, sum_FD):
+    i = pl.program_id(1)
+
+    @pl.when(i == 0)
+    def _():
+        fill_zeros(sum_FD)
+
+    dy_TD, gate_TF, up_TF = (_existing(a[...], i, tokens) for a in (dy, gate, up))
+    gate_TF, up_TF = gate_TF.astype(sum_FD.dtype), up_TF.astype(sum_FD.dtype)
+    h, pull_back = jax.vjp(functools.partial(gated, activation), gate_TF, up_TF)
+    sum_FD[...] += _outer(h.astype(dy.dtype), dy_TD)
+    for result, array in zip((dgate, dup), pull_back(multiply(dy_TD, down_proj, transpose=True))):
+        result[...] = array.astype(result.dtype)
+
+    @pl.when(i == pl.num_programs(1) - 1)
+    def _():
+        store(ddown_proj, sum_FD)
+
+
+def _existing(a, i, tokens):
+    """The rows of block i, with zeros in those that no token has: they add nothing to sums over tokens."""
+    size = a.shape[0]
+    if tokens % size == 0:
+        return a
+    exists = i * size + lax.broadcasted_iota(jnp.int32, (size, 1), 0) < tokens
+    return jnp.where(exists, a, 0)
+
+
+def _outer(a, b):
+    """a.T @ b, summed over tokens in float32."""
+    return dot(a, b, (0,), (0,))

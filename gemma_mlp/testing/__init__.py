@@ -1,0 +1,1 @@
+"""What tests and benchmarks compare the package with."""

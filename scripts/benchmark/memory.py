@@ -1,0 +1,52 @@
+"""Temporary memory of the feed-forward's gradient, from the compilers themselves, in bfloat16.
+
+One layer, a stack under scan and an unrolled one. `plain` is the formula as JAX differentiates it, `remat` the same
+under `jax.checkpoint`, `pallas` the package's kernels.
+"""
+
+import jax
+
+from gemma_mlp import aot
+from gemma_mlp.testing.stacks import MIB, STACKS, stack_bytes
+
+# Name of a column: (target, whether the H200's products go through Triton or through cuBLASLt).
+COMPILERS = {
+    "CPU": ("cpu", None),
+    "v5e": ("tpu v5e:2x2", None),
+    "v5p": ("tpu v5p:2x2x1", None),
+    "v6e": ("tpu v6e:2x2", None),
+    "H200 Triton": ("h200", True),
+    "H200 cuBLASLt": ("h200", False),
+}
+
+
+def compilers():
+    """The columns of COMPILERS whose compiler is installed, and for each of the others why it is not there."""
+    found, missing = {}, {}
+    for name, (target, triton) in COMPILERS.items():
+        try:
+            aot.devices(target)
+            found[name] = target, triton
+        except ImportError as error:
+            missing[name] = str(error)
+    return found, missing
+
+
+def measure(preset, compilers, *, tokens, layers, chunk_size):
+    """Yields a row for each stack of each layer: MiB by column, None where the program does not fit the chip."""
+    cells = [("plain", None), ("remat", None), ("gate_up", None), ("input", None), ("input", chunk_size)]
+    kernels = {column: compiler for column, compiler in compilers.items() if compiler[0] != "cpu"}
+    if kernels:
+        cells.append(("pallas", None))
+    for stack in STACKS:
+        for layer, chunk in cells:
+            row = {"stack": stack, "layer": layer, "chunk_size": chunk}
+            for column, (target, triton) in (kernels if layer == "pallas" else compilers).items():
+                options = {"tokens": tokens, "layers": layers, "chunk_size": chunk}
+                try:
+                    row[column] = stack_bytes(target, stack, layer, preset, triton, **options) / MIB
+                except jax.errors.JaxRuntimeError as error:
+                    if "RESOURCE_EXHAUSTED" not in str(error):
+                        raise
+                    row[column] = None
+            yield row

@@ -1,0 +1,125 @@
+"""Curvature along the path of training: the Hessian's largest eigenvalue, and how fast the gradient in fact changes.
+
+Both are of the training loss on one fixed batch, and all contestants train at one learning rate. The eigenvalue comes
+from Hessian-vector products through Lanczos' method. They do not see what a kink does, since the second derivative is
+taken beside it; the change of the gradient over a step of the optimiser, divided by the step's length, does.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.flatten_util import ravel_pytree
+from train_toy import training
+
+from compare_activations import heldout
+from compare_activations.contestants import CONTESTANTS
+from compare_activations.ensembles import Member, numbers, text_batches
+from compare_activations.ledger import Ledger
+from compare_activations.statistics import interval, paired
+
+NAME = "curvature"
+MEASURES = ("eigenvalue", "change")
+
+
+def count(config) -> int:
+    return len(config.factorial)
+
+
+def measure(config, ledger: Ledger) -> None:
+    """Trains each contestant once more, at one learning rate, and stops to measure on the way."""
+    corpus = heldout.load(config)
+    for name in config.factorial:
+        ledger.run(functools.partial(along_the_path, config, corpus, name), section=NAME, contestant=name)
+
+
+def along_the_path(config, corpus, name: str) -> dict[str, Any]:
+    """Both measures at `config.curvature.at`, a number for each seed."""
+    ours = config.curvature
+    model = heldout.decoder(config, name)
+    ensemble = heldout.ensemble(config, model)
+    batch = text_batches(corpus, config.seq_len, config.batch_size)
+    windows = text_batches(corpus, config.seq_len, ours.batch_size)(config.tuning_seeds[0], 1)
+    loss = functools.partial(training.mean_loss, model)
+    probe = jax.jit(jax.vmap(functools.partial(curvature, loss, iterations=ours.iterations), in_axes=(0, 0, None)))
+
+    members = [Member(seed, ours.learning_rate) for seed in ours.seeds]
+    measured, before = [], None
+    for step, state, _ in ensemble.train(members, batch, ensemble.init(members)):
+        if step in ours.at:
+            values = probe(before, state.params, windows)
+            measured.append({"step": step, **{name: numbers(values[name]) for name in MEASURES}})
+        if step + 1 in ours.at:
+            before = jax.tree.map(jnp.copy, state.params)  # the step consumes its state
+    return {"seeds": list(ours.seeds), "at": measured}
+
+
+def curvature(loss, before, after, batch, *, iterations: int) -> dict[str, jax.Array]:
+    """The Hessian's largest eigenvalue at `after`, and |gradient(after) - gradient(before)| / |after - before|."""
+    flat, unravel = ravel_pytree(after)
+    old = ravel_pytree(before)[0]
+    gradient = jax.grad(lambda flat: loss(unravel(flat), batch))
+
+    def hessian_times(vector):
+        return jax.jvp(gradient, (flat,), (vector,))[1]
+
+    start = jax.random.normal(jax.random.key(0), flat.shape)
+    change = jnp.linalg.norm(gradient(flat) - gradient(old)) / jnp.linalg.norm(flat - old)
+    return {"eigenvalue": largest_eigenvalue(hessian_times, start, iterations), "change": change}
+
+
+def largest_eigenvalue(matvec, start: jax.Array, iterations: int) -> jax.Array:
+    """The largest eigenvalue of a symmetric matrix known by its products, by Lanczos' method.
+
+    An estimate from below: the largest of the matrix restricted to start, matvec(start), matvec(matvec(start)), ...
+    """
+
+    def extend(basis, i):
+        vector = matvec(basis[i])
+        diagonal = vector @ basis[i]
+        for _ in range(2):  # rounding would otherwise bring found directions back
+            vector -= (basis @ vector) @ basis
+        length = jnp.linalg.norm(vector)
+        return basis.at[i + 1].set(vector / length), (diagonal, length)
+
+    basis = jnp.zeros((iterations + 1, start.size)).at[0].set(start / jnp.linalg.norm(start))
+    _, (diagonal, beside) = jax.lax.scan(extend, basis, jnp.arange(iterations))
+    tridiagonal = jnp.diag(diagonal) + jnp.diag(beside[:-1], 1) + jnp.diag(beside[:-1], -1)
+    return jnp.linalg.eigvalsh(tridiagonal)[-1]
+
+
+def table(runs) -> list[dict]:
+    """A row for each contestant and step: both measures with intervals, and log2 of each as a ratio to the kinked one
+    with the same gate, paired by seed."""
+    ours = {run["contestant"]: run for run in runs if run["section"] == NAME}
+    rows = []
+    for name, run in ours.items():
+        kinked = "reglu" if CONTESTANTS[name].gated else "relu"
+        for i, moment in enumerate(run["at"]):
+            row = {"contestant": name, "step": moment["step"]}
+            for measured in MEASURES:
+                row[measured], row[f"{measured} half"] = interval(moment[measured])
+                if name != kinked and kinked in ours:
+                    smooth, sharp = (np.log2(np.array(at["at"][i][measured], float)) for at in (run, ours[kinked]))
+                    row[f"{measured} log2 ratio"], row[f"{measured} log2 half"] = paired(smooth, sharp)
+            rows.append(row)
+    return rows
+
+
+def draw(axes, runs) -> None:
+    rows = table(runs)
+    names = list(dict.fromkeys(row["contestant"] for row in rows))
+    for i, name in enumerate(names):
+        ours = [row for row in rows if row["contestant"] == name]
+        for measured, style in zip(MEASURES, ("-", ":")):
+            axes.plot(
+                [row["step"] for row in ours],
+                [row[measured] for row in ours],
+                color=f"C{i}",
+                linestyle=style,
+                label=CONTESTANTS[name].label if style == "-" else None,
+            )
+    axes.set(title="Largest Hessian eigenvalue", xlabel="step (dotted: change of the gradient / step)", yscale="log")
+    axes.legend()

@@ -1,0 +1,75 @@
+"""One comparison, wherever there is a score to lower: the learning rate tuned on some seeds, the contest on others."""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from compare_activations.contestants import REFERENCE
+from compare_activations.ensembles import Member, numbers
+from compare_activations.ledger import Ledger, Run
+from compare_activations.statistics import interval, paired
+
+PARTS = ("tuning", "comparison")
+
+
+def compare(
+    evaluate: Callable[[Sequence[Member]], Sequence[float]],
+    ledger: Ledger,
+    *,
+    learning_rates: Sequence[float],
+    tuning_seeds: Sequence[int],
+    seeds: Sequence[int],
+    **key: Any,
+) -> None:
+    """Two runs in the ledger, called `key` and one of PARTS.
+
+    Args:
+      evaluate: members -> the score of each, trained from scratch; less is better.
+      ledger: where they are kept.
+      learning_rates: the grid, the same for every contestant.
+      tuning_seeds: choose from the grid, by the least mean.
+      seeds: compare, at the rate chosen.
+      **key: what is being compared.
+    """
+
+    def scored(members):
+        rates = [member.learning_rate for member in members]
+        return {"seeds": [m.seed for m in members], "learning_rates": rates, "scores": numbers(evaluate(members))}
+
+    grid = [Member(seed, rate) for rate in learning_rates for seed in tuning_seeds]
+    tuned = ledger.run(functools.partial(scored, grid), **key, part="tuning")
+    rate = best_rate(tuned)
+    ledger.run(functools.partial(scored, [Member(seed, rate) for seed in seeds]), **key, part="comparison")
+
+
+def best_rate(tuned: Run) -> float:
+    """The learning rate of the least mean score; one at which any seed diverged is out."""
+    rates = np.array(tuned["learning_rates"])
+    scores = np.array([np.inf if score is None else score for score in tuned["scores"]])
+    return float(min(dict.fromkeys(rates.tolist()), key=lambda rate: scores[rates == rate].mean()))
+
+
+def rows(runs: Sequence[Run]) -> list[dict[str, Any]]:
+    """For the runs of one comparison, by contestant: mean and 95 % interval, and the paired difference from REFERENCE.
+
+    The intervals of the differences hold together with 95 % confidence (Bonferroni).
+    """
+    compared = {run["contestant"]: run for run in runs if run["part"] == "comparison"}
+    table = []
+    for name, run in compared.items():
+        mean, half = interval(run["scores"])
+        row = {"contestant": name, "learning_rate": run["learning_rates"][0], "mean": mean, "half": half}
+        if name != REFERENCE and REFERENCE in compared:
+            difference, half = difference_of(compared, name, REFERENCE, len(compared) - 1)
+            row |= {"difference": difference, "difference_half": half}
+        table.append(row)
+    return table
+
+
+def difference_of(compared: dict[str, Run], name: str, reference: str, comparisons: int = 1) -> tuple[float, float]:
+    """The paired difference of two contestants, and half the width of its interval."""
+    ours, theirs = compared[name], compared[reference]
+    assert ours["seeds"] == theirs["seeds"]
+    return paired(ours["scores"], theirs["scores"], comparisons)

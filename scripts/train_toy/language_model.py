@@ -1,0 +1,73 @@
+"""The decoder as two pure functions over one parameter tree, whichever Flax API it is composed in."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from flax import nnx
+from jax.sharding import Mesh
+
+import gemma_mlp
+from gemma_mlp.sharding import Rules, named_shardings
+from train_toy import linen_model, nnx_model
+
+Params = dict[str, Any]
+
+
+class LanguageModel(NamedTuple):
+    """`init(key)` gives parameters as nested dicts, `logits(params, tokens)` the next-byte logits [B, T, 256]."""
+
+    init: Callable[[jax.Array], Params]
+    logits: Callable[[Params, jax.Array], jax.Array]
+
+
+def make(api: str, config: gemma_mlp.MLPConfig, num_layers: int, num_heads: int) -> LanguageModel:
+    """The model through the NNX or the Linen shell; their parameters are interchangeable."""
+    if api == "nnx":
+        return _nnx(config, num_layers, num_heads)
+    if api == "linen":
+        return _linen(config, num_layers, num_heads)
+    raise ValueError(f"config.api is nnx or linen. Received: {api!r}. Fix: use one of these names.")
+
+
+def shardings(api: str, sizes: tuple[gemma_mlp.MLPConfig, int, int], mesh: Mesh, rules: Rules) -> Params:
+    """How the parameters of `make(api, *sizes)` are spread over a mesh, in the tree that they come in."""
+    if api == "nnx":
+        state = nnx.state(nnx.eval_shape(lambda: nnx_model.Decoder(*sizes, rngs=nnx.Rngs(params=0))))
+        return nnx.to_pure_dict(named_shardings(state, mesh, rules))
+    variables = jax.eval_shape(linen_model.Decoder(*sizes).init, jax.random.key(0), jnp.zeros((1, 1), "int32"))
+    return nn.unbox(named_shardings(variables["params"], mesh, rules))
+
+
+def pure_functions(create: Callable[[jax.Array], nnx.Module]) -> tuple[Callable, Callable]:
+    """(init, apply) of the NNX module that `create(key)` makes: key -> params, (params, *args) -> its output."""
+
+    def init(key):
+        return nnx.to_pure_dict(nnx.state(create(key)))
+
+    graphdef, abstract = nnx.split(nnx.eval_shape(create, jax.random.key(0)))  # on a mesh Flax would ask for its rules
+
+    def apply(params, *args):
+        state = jax.tree.map(lambda leaf: leaf, abstract)  # a copy, to be filled
+        nnx.replace_by_pure_dict(state, params)
+        return nnx.merge(graphdef, state)(*args)
+
+    return init, apply
+
+
+def _nnx(*sizes) -> LanguageModel:
+    return LanguageModel(*pure_functions(lambda key: nnx_model.Decoder(*sizes, rngs=nnx.Rngs(params=key))))
+
+
+def _linen(*sizes) -> LanguageModel:
+    model = linen_model.Decoder(*sizes)
+
+    def init(key):
+        return nn.unbox(model.init(key, jnp.zeros((1, 1), "int32"))["params"])
+
+    def logits(params, tokens) -> Any:
+        return model.apply({"params": params}, tokens)
+
+    return LanguageModel(init, logits)

@@ -1,0 +1,207 @@
+"""Transfers between chips, read from programs written by hand and from one that this machine's compiler made."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding
+
+from gemma_mlp import aot
+from gemma_mlp.aot import hlo
+from gemma_mlp.aot.hlo import Collective
+
+FLAT = """
+ENTRY %main (p0: bf16[8,16]) -> bf16[32,16] {
+  %all-reduce.1 = f32[128,64]{1,0} all-reduce(%dot), channel_id=1, replica_groups={{0,1},{2,3}}
+  %start = (bf16[8,16]{1,0:T(8,128)}, bf16[32,16]{1,0:T(8,128)S(1)}, u32[]) all-gather-start(%p0), dimensions={0}
+  %done = bf16[32,16]{1,0:T(8,128)} all-gather-done(%start)
+  %sum = f32[4]{0} all-reduce-start(%q), channel_id=2
+  %wrapped = ((f32[4]{0}), f32[4]{0}) all-reduce-start(%q), channel_id=3
+  %pair = (u8[4]{0}, pred[2,3]{1,0}) all-to-all(%a, %b)
+  %scalar = s32[] reduce-scatter(%c)
+  %fusion = bf16[32,16]{1,0} fusion(%all-reduce.1), kind=kLoop
+}
+"""
+
+
+def test_kinds_and_bytes():
+    assert hlo.collectives(FLAT) == (
+        Collective("all-reduce", 128 * 64 * 4, ((0, 1), (2, 3))),
+        Collective("all-gather", 32 * 16 * 2),
+        Collective("all-reduce", 4 * 4),
+        Collective("all-reduce", 4 * 4),
+        Collective("all-to-all", 4 + 6),
+        Collective("reduce-scatter", 4),
+    )
+
+
+def test_those_that_a_program_asks_for_itself_share_a_channel():
+    text = """
+ENTRY %main (p0: bf16[8,16]) -> bf16[4,16] {
+  %one = bf16[4,16]{1,0} reduce-scatter(%p0), channel_id=1, replica_groups={{0,1}}
+  %two = bf16[4,16]{1,0} reduce-scatter(%p1), channel_id=1, replica_groups={{0,1}}
+}
+"""
+    assert hlo.collectives(text) == (Collective("reduce-scatter", 128, ((0, 1),)),) * 2
+
+
+# A loop of 5 turns around one of 4: its counter starts at a constant that the outer loop carries, goes up by 2 in two
+# additions, and ends at 9. The outer one's transfer of channel 7 is spread over fusions, one of them in the inner loop.
+LOOPS = """
+%fused (p: f32[8]) -> f32[8] {
+  %p = f32[8]{0} parameter(0)
+  ROOT %step = f32[32]{0} all-gather(%p), channel_id=7, replica_groups={{0,1,2,3}}
+}
+
+%inner_condition (c: (s32[], f32[8])) -> pred[] {
+  %nine = s32[] constant(9)
+  %c = (s32[], f32[8]) parameter(0)
+  %i = s32[] get-tuple-element(%c), index=0
+  ROOT %less = pred[] compare(%i, %nine), direction=LT
+}
+
+%inner_body (c: (s32[], f32[8])) -> (s32[], f32[8]) {
+  %c = (s32[], f32[8]) parameter(0)
+  %i = s32[] get-tuple-element(%c), index=0
+  %unit = s32[] constant(1)
+  %once = s32[] add(%i, %unit)
+  %twice = s32[] add(%unit, %once)
+  %x = f32[8]{0} get-tuple-element(%c), index=1
+  %during = f32[32]{0} fusion(%x), kind=kCustom, calls=%fused
+  %sent = f32[8]{0} collective-permute(%x), channel_id=8, source_target_pairs={{0,1},{1,0}}
+  ROOT %next = (s32[], f32[8]) tuple(%twice, %sent)
+}
+
+%outer_condition (c: (s32[], f32[8], s32[])) -> pred[] {
+  %five = s32[] constant(5)
+  %c = (s32[], f32[8], s32[]) parameter(0)
+  %i = s32[] get-tuple-element(%c), index=0
+  ROOT %less = pred[] compare(%i, %five), direction=LT
+}
+
+%outer_body (c: (s32[], f32[8], s32[])) -> (s32[], f32[8], s32[]) {
+  %c = (s32[], f32[8], /*index=2*/s32[]) parameter(0)
+  %i = s32[] get-tuple-element(%c), index=0
+  %x = f32[8]{0} get-tuple-element(%c), index=1
+  %low = s32[] get-tuple-element(%c), index=2
+  %from = s32[] copy(%low)
+  %begin = (s32[], f32[8]) tuple(%from, %x)
+  %loop = (s32[], f32[8]) while(%begin), condition=%inner_condition, body=%inner_body
+  %first = f32[32]{0} fusion(%x), kind=kCustom, calls=%fused
+  %second = f32[32]{0} fusion(%x), kind=kCustom, calls=%fused
+  %unit = s32[] constant(1)
+  %after = s32[] add(%i, %unit)
+  %y = f32[8]{0} get-tuple-element(%loop), index=1
+  ROOT %next = (s32[], f32[8], s32[]) tuple(%after, %y, %low)
+}
+
+ENTRY %main (x: f32[8]) -> f32[8] {
+  %x = f32[8]{0} parameter(0)
+  %zero = s32[] constant(0)
+  %start = s32[] constant(2)
+  %begin = (s32[], f32[8], s32[]) tuple(%zero, %x, %start)
+  %loop = (s32[], f32[8], s32[]) while(%begin), condition=%outer_condition, body=%outer_body
+  ROOT %y = f32[8]{0} get-tuple-element(%loop), index=1
+}
+"""
+
+
+def times(text):
+    return {each.kind: each.times for each in hlo.collectives(text)}
+
+
+def test_loops_within_loops_multiply():
+    assert len(hlo.collectives(LOOPS)) == 2
+    assert times(LOOPS) == {"collective-permute": 5 * 4, "all-gather": 5}
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "permutes"),
+    [
+        ("constant(9)", "constant(8)", 5 * 3),
+        ("s32[] constant(2)", "s32[] constant(3)", 5 * 3),
+        ("add(%unit, %once)", "add(%once, %once)", None),  # not a constant step
+        ("add(%unit, %once)", "copy(%i)", None),  # no step
+        ("compare(%i, %nine), direction=LT", "compare(%i, %nine), direction=NE", None),
+        ("tuple(%after, %y, %low)", "tuple(%after, %y, %after)", None),  # the start changes from turn to turn
+        ("body=%inner_body", 'body=%inner_body, backend_config={"known_trip_count":{"n":"7"}}', 5 * 7),
+    ],
+)
+def test_what_the_counter_says(old, new, permutes):
+    assert old in LOOPS
+    assert times(LOOPS.replace(old, new)) == {"collective-permute": permutes, "all-gather": 5}
+
+
+SCATTERED = """
+%all-reduce-scatter.1 (p: f32[8,4]) -> f32[2,4] {
+  %p = f32[8,4]{1,0} parameter(0)
+  %sum = f32[8,4]{1,0} all-reduce(%p), channel_id=3, replica_groups=[1,4]<=[4], to_apply=%add
+  ROOT %part = f32[2,4]{1,0} dynamic-slice(%sum, %at, %zero), dynamic_slice_sizes={2,4}
+}
+
+ENTRY %main (p: f32[8,4]) -> f32[2,4] {
+  %p = f32[8,4]{1,0} parameter(0)
+  ROOT %fusion = f32[2,4]{1,0} fusion(%p), kind=kCustom, calls=%all-reduce-scatter.1
+}
+"""
+
+
+def test_a_sum_of_which_each_chip_keeps_a_part():
+    """As TPU programs have their reduce-scatters."""
+    assert hlo.collectives(SCATTERED) == (Collective("reduce-scatter", 2 * 4 * 4, ((0, 1, 2, 3),)),)
+
+
+PAIRS = ((0, 1), (2, 3), (4, 5), (6, 7))
+ACROSS = ((0, 4), (1, 5), (2, 6), (3, 7))
+
+
+@pytest.mark.parametrize(
+    ("written", "groups"),
+    [
+        ("replica_groups={{0,1},{2,3},{4,5},{6,7}}", PAIRS),
+        ("source_target_pairs={{0,4},{1,5},{2,6},{3,7}}", ACROSS),
+        ("replica_groups=[4,2]<=[8]", PAIRS),
+        ("replica_groups=[4,2]<=[2,4]T(1,0)", ACROSS),
+        ("replica_groups=[1,8]<=[8]", (tuple(range(8)),)),
+        ("replica_groups=mesh['a'=2,'b'=4] {'a'}", ACROSS),
+        ("replica_groups=mesh['a'=4,'b'=2] {'b'}", PAIRS),
+        ("replica_groups=mesh['a'=2,'b'=4] {'a','b'}", (tuple(range(8)),)),
+        ("replica_groups=mesh['a'=2,'b'=4] {'b':(2)2}", PAIRS),
+        ("replica_groups=mesh['a'=2,'b'=4] {'b':(1)2}", ((0, 2), (1, 3), (4, 6), (5, 7))),
+        ("replica_groups=mesh['a'=4,'b'=2], device_ids=([2,4]T(1,0)) {'b'}", ACROSS),
+    ],
+)
+def test_groups_in_every_form(written, groups):
+    text = f"ENTRY %main {{\n  %y = f32[2]{{0}} all-gather(%x), channel_id=1, {written}, dimensions={{0}}\n}}"
+    assert hlo.collectives(text)[0].groups == groups
+
+
+def test_unknown_forms_are_explained():
+    with pytest.raises(ValueError, match=r"Groups are in a known form\. Received: .*<rows>"):
+        hlo.collectives("ENTRY %main {\n  %y = f32[2] all-gather(%x), replica_groups=<rows>\n}")
+    with pytest.raises(ValueError, match="has an ENTRY"):
+        hlo.collectives("module {}")
+
+
+@pytest.mark.parametrize(
+    ("kind", "sent"),
+    [("all-gather", 75), ("all-to-all", 75), ("reduce-scatter", 300), ("all-reduce", 150), ("collective-permute", 100)],
+)
+def test_bytes_that_a_chip_sends(kind, sent):
+    """Of 100 bytes of result in a group of four."""
+    assert Collective(kind, 100, ((0, 1, 2, 3),)).sent_bytes == sent
+
+
+def test_a_scan_of_this_machines_compiler():
+    mesh = jax.make_mesh((2, 4), ("a", "b"), (jax.sharding.AxisType.Auto,) * 2, devices=jax.devices("cpu")[:8])
+    weights = jax.ShapeDtypeStruct((6, 8, 8), "float32", sharding=NamedSharding(mesh, jax.P(None, "b")))
+    x = jax.ShapeDtypeStruct((4, 8), "float32", sharding=NamedSharding(mesh, jax.P("a", "b")))
+
+    def run(weights, x):
+        return jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, weights)[0]
+
+    with jax.set_mesh(mesh):
+        compiled = aot.compile_for("cpu", run, weights, x, donate_argnums=1)
+    rows = np.arange(8).reshape(2, 4)
+    found = {(each.times, each.groups) for each in compiled.collectives}
+    assert (6, tuple(map(tuple, rows.tolist()))) in found

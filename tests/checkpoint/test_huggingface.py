@@ -1,0 +1,359 @@
+"""Hugging Face folders in and out, against files that safetensors wrote from arrays transposed by hand."""
+
+import json
+import os
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from gemma_mlp import MLPConfig, checkpoint, layouts
+from gemma_mlp.checkpoint import loading, safetensors_folder
+from tests.support.by_hand import LAYERS, D, F, arrays, equal, huggingface, params
+
+SETTINGS = {
+    "model_type": "gemma2",
+    "hidden_size": D,
+    "intermediate_size": F,
+    "num_hidden_layers": LAYERS,
+    "hidden_activation": "gelu_pytorch_tanh",
+    "rms_norm_eps": 1e-6,
+    "vocab_size": 11,
+}
+
+
+def others(layers):
+    """What else a Gemma 2 holds."""
+    tree = {"model.embed_tokens.weight": np.full((11, D), 3, np.float32), "model.norm.weight": np.ones(D, np.float32)}
+    for i in range(layers):
+        tree[f"model.layers.{i}.self_attn.q_proj.weight"] = np.full((2 * D, D), i, np.float16)
+        tree[f"model.layers.{i}.post_attention_layernorm.weight"] = np.full(D, 7, np.float32)
+        tree[f"model.layers.{i}.input_layernorm.weight"] = np.full(D, 8, np.float32)
+    return tree
+
+
+def write(folder, layers, shards=1, settings=SETTINGS):
+    """A checkpoint in one file, or with layer i in shard i % shards."""
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(settings))
+    (folder / "tokenizer.json").write_text("{}")
+    tensors = huggingface(layers) | others(len(layers))
+    if shards == 1:
+        save(folder / "model.safetensors", tensors)
+        return folder
+    weight_map = {}
+    for name in tensors:
+        number = int(name.split(".")[2]) % shards if ".layers." in name else 0
+        weight_map[name] = f"model-{number + 1:05}-of-{shards:05}.safetensors"
+    for file in set(weight_map.values()):
+        save(folder / file, {name: array for name, array in tensors.items() if weight_map[name] == file})
+    index = {"metadata": {"total_size": 1}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    return folder
+
+
+def save(path, tensors):
+    arrays = {name: np.ascontiguousarray(array) for name, array in tensors.items()}
+    safetensors.numpy.save_file(arrays, path, metadata={"format": "pt", "note": "kept"})
+
+
+def load(folder):
+    """Every tensor in the folder, by safetensors alone."""
+    tensors = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        tensors |= safetensors.numpy.load_file(path)
+    return tensors
+
+
+@pytest.mark.parametrize("shards", [1, 3])
+def test_reads_every_layer(tmp_path, shards):
+    folder = write(tmp_path, arrays(), shards)
+    assert equal(checkpoint.read_huggingface(folder), params(arrays()))
+    assert equal(checkpoint.read_huggingface(str(folder), layers=[4, 0]), [params(arrays())[i] for i in (4, 0)])
+    assert equal(checkpoint.read_huggingface(folder, layers=range(2, 4)), params(arrays())[2:4])
+
+
+@pytest.mark.parametrize("shards", [1, 3])
+def test_stacks_for_scan(tmp_path, shards):
+    folder = write(tmp_path, arrays(), shards)
+    assert equal(checkpoint.read_huggingface(folder, stacked=True), layouts.stack(params(arrays())))
+    chosen = checkpoint.read_huggingface(folder, layers=[3, 1], stacked=True)
+    assert equal(chosen, layouts.stack([params(arrays())[3], params(arrays())[1]]))
+
+
+def test_casts(tmp_path):
+    layers = arrays(dtype=np.float32)
+    layers[0]["gate_proj"][0, 0] = 1 + 2**-9  # rounds to 1 in bfloat16
+    folder = write(tmp_path, layers)
+    got = checkpoint.read_huggingface(folder, dtype="bfloat16", stacked=True)
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(got)} == {"bfloat16"}
+    assert got.mlp.gate_proj[0, 0, 0] == 1
+    assert equal(checkpoint.read_huggingface(folder), params(layers))
+    with pytest.raises(ValueError, match="float64 needs JAX's 64-bit mode"):
+        checkpoint.read_huggingface(folder, dtype="float64")
+    with pytest.raises(ValueError, match="dtype is not float16"):
+        checkpoint.read_huggingface(folder, dtype="float16")
+
+
+def test_stacks_on_a_device_with_memory_of_its_own(tmp_path, monkeypatch):
+    """As on a GPU or a TPU: zeros there, in whose place each layer is put."""
+    monkeypatch.setattr(loading, "_new_stack", lambda shape, dtype, device: jnp.zeros(shape, dtype, device=device))
+    folder = write(tmp_path / "m", arrays(), shards=3)
+    assert equal(checkpoint.read_huggingface(folder, stacked=True), layouts.stack(params(arrays())))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_stack_on_a_cpu_is_the_memory_that_was_filled(dtype):
+    device = jax.local_devices(backend="cpu")[0]
+    memory = loading._new_stack((3, 5, 7), jnp.dtype(dtype), device)
+    stack = jax.device_put(memory, device, may_alias=True)
+    assert stack.unsafe_buffer_pointer() == memory.ctypes.data and stack.dtype == dtype
+
+
+def test_onto_a_device(tmp_path):
+    device = jax.devices()[-1]
+    got = checkpoint.read_huggingface(write(tmp_path, arrays()), shardings=device)
+    assert {leaf.device for leaf in jax.tree.leaves(got)} == {device}
+
+
+def test_files_of_other_layers_are_not_opened(tmp_path):
+    folder = write(tmp_path, arrays(), shards=LAYERS)
+    for number in (0, 2, 3, 4):
+        (folder / f"model-{number + 1:05}-of-{LAYERS:05}.safetensors").write_bytes(b"broken")
+    assert equal(checkpoint.read_huggingface(folder, layers=[1]), params(arrays())[1:2])
+    with pytest.raises(ValueError, match="model-00003-of-00005"):
+        checkpoint.read_huggingface(folder, layers=[2])
+
+
+def test_no_other_tensor_is_read(tmp_path, monkeypatch):
+    asked = []
+
+    class Spy:
+        def __init__(self, *args, **kwargs):
+            self.file = OPEN(*args, **kwargs)
+
+        def __enter__(self):
+            self.file.__enter__()
+            return self
+
+        def __exit__(self, *error):
+            return self.file.__exit__(*error)
+
+        def keys(self):
+            return self.file.keys()
+
+        def get_slice(self, name):
+            part = self.file.get_slice(name)
+            return SpySlice(name, part)
+
+    class SpySlice:
+        def __init__(self, name, part):
+            self.name, self.get_shape, self.get_dtype, self.part = name, part.get_shape, part.get_dtype, part
+
+        def __getitem__(self, index):
+            asked.append(self.name)
+            return self.part[index]
+
+    OPEN = safetensors.safe_open
+    folder = write(tmp_path, arrays())
+    monkeypatch.setattr(safetensors, "safe_open", Spy)
+    checkpoint.read_huggingface(folder, layers=[3])
+    assert sorted(asked) == sorted(name for name in huggingface(arrays()) if ".layers.3." in name)
+
+
+@pytest.mark.parametrize("shards", [1, 3])
+def test_updates_in_place_and_leaves_the_rest(tmp_path, shards):
+    folder = write(tmp_path, arrays(), shards)
+    changed = arrays()[::-1]
+    checkpoint.update_huggingface(folder, params(changed))
+    expected = huggingface(changed) | others(LAYERS)
+    assert equal(load(folder), expected)
+    assert json.loads((folder / "config.json").read_text()) == SETTINGS
+    assert (folder / "tokenizer.json").exists()
+    for path in folder.glob("*.safetensors"):
+        with safetensors.safe_open(path, framework="numpy") as file:
+            assert file.metadata() == {"format": "pt", "note": "kept"}
+    assert len(list(folder.glob("*.safetensors"))) == shards
+    assert equal(checkpoint.read_huggingface(folder), params(changed))
+
+
+def test_updates_one_layer(tmp_path):
+    folder = write(tmp_path, arrays(), 3)
+    before = {path: path.read_bytes() for path in folder.iterdir()}
+    checkpoint.update_huggingface(folder, params(arrays())[:1], layers=[2])
+    assert {path.name for path, old in before.items() if path.read_bytes() != old} == {
+        "model-00003-of-00003.safetensors"
+    }
+    layers = arrays()
+    layers[2] = layers[0]
+    assert equal(checkpoint.read_huggingface(folder), params(layers))
+
+
+def test_an_update_that_does_not_fit_changes_nothing(tmp_path):
+    folder = write(tmp_path, arrays(), 3)
+    before = {path: path.read_bytes() for path in folder.iterdir()}
+    good = params(arrays())
+    nan = jax.tree.map(lambda leaf: leaf.at[0].set(jnp.nan), good[0])
+    wide = jax.tree.map(lambda leaf: leaf.astype("float32"), good[0])
+    for bad, layers, message in (
+        (good[:2], None, "parameters for 5 layers. Received: for 2"),
+        ([wide], [0], r"model\.layers\.0\..* is bfloat16. Received: float32.*astype"),
+        ([nan], [0], "of layer 0 is finite"),
+        ([layouts.stack(good)], [0], "Every layer has the shapes"),
+        ([good[0]], [5], "layers 0 to 4"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            checkpoint.update_huggingface(folder, bad, layers=layers)
+    assert {path: path.read_bytes() for path in folder.iterdir()} == before
+
+
+class Killed(BaseException):
+    pass
+
+
+WRITE_TEXT, COPYFILE = safetensors_folder.Path.write_text, shutil.copyfile
+
+
+@pytest.mark.parametrize("shards", [1, 3])
+def test_an_update_cut_short_leaves_the_old_or_the_new(tmp_path, monkeypatch, shards):
+    """Killed at every call that touches the disk, with no clean-up: whole before and whole after."""
+    new = arrays()[::-1]
+    for survived in range(100):
+        folder = write(tmp_path / str(survived), arrays(), shards)
+        calls = []
+
+        def counted(function):
+            def call(*args, **kwargs):
+                if len(calls) >= survived:
+                    if function is WRITE_TEXT:  # half of it is written
+                        WRITE_TEXT(args[0], args[1][: len(args[1]) // 2])
+                    if function is COPYFILE:
+                        whole = args[0].read_bytes()
+                        args[1].write_bytes(whole[: len(whole) // 2])
+                    raise Killed
+                calls.append(function)
+                return function(*args, **kwargs)
+
+            return call
+
+        with monkeypatch.context() as patch:
+            for module, name in ((shutil, "copyfile"), (os, "fsync"), (os, "replace"), (os, "close")):
+                patch.setattr(module, name, counted(getattr(module, name)))
+            for name in ("write_text", "unlink", "rename"):
+                patch.setattr(safetensors_folder.Path, name, counted(getattr(safetensors_folder.Path, name)))
+            try:
+                checkpoint.update_huggingface(folder, params(new))
+                break
+            except Killed:
+                pass
+        got = checkpoint.read_huggingface(folder)
+        assert equal(got, params(arrays())) or equal(got, params(new))
+        files = safetensors_folder.list_files(folder)  # not the halves that nothing names
+        read = {name: safetensors.numpy.load_file(files[name])[name] for name in others(LAYERS)}
+        assert equal(read, others(LAYERS))
+    assert 4 < survived < 100
+    assert equal(checkpoint.read_huggingface(folder), params(new))
+
+
+def test_a_new_folder_cut_short_is_not_there(tmp_path, monkeypatch):
+    for survived in range(100):
+        folder, left = tmp_path / str(survived), [survived]
+
+        def fsync(descriptor):
+            left[0] -= 1
+            if left[0] < 0:
+                raise Killed
+
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "fsync", fsync)
+            try:
+                checkpoint.write_huggingface(folder, params(arrays()), MLPConfig(D, F))
+                break
+            except Killed:
+                assert not folder.exists() or equal(checkpoint.read_huggingface(folder), params(arrays()))
+    assert 1 < survived < 100
+
+
+@pytest.mark.parametrize("shard_bytes", [10**9, 500])
+@pytest.mark.parametrize("post_norm", [True, False])
+def test_a_new_folder(tmp_path, post_norm, shard_bytes):
+    config = MLPConfig(D, F, post_norm=post_norm, activation="silu", norm_eps=1e-5)
+    layers = arrays(config)
+    checkpoint.write_huggingface(tmp_path / "new", params(layers), config, shard_bytes=shard_bytes)
+    assert checkpoint.read_config(tmp_path / "new") == (config, LAYERS)
+    assert equal(checkpoint.read_huggingface(tmp_path / "new"), params(layers))
+    assert len(list((tmp_path / "new").glob("*.safetensors"))) == (1 if shard_bytes > 500 else 2)
+    with pytest.raises(ValueError, match="written to a new folder"):
+        checkpoint.write_huggingface(tmp_path / "new", params(layers), config)
+
+
+@pytest.mark.parametrize(
+    "config", [MLPConfig(D, F, activation="gelu", post_norm=False), MLPConfig(D, F, activation="sigmoid")]
+)
+def test_a_config_that_config_json_cannot_say_is_refused(tmp_path, config):
+    with pytest.raises(ValueError, match=r"config\.json can say"):
+        checkpoint.write_huggingface(tmp_path / "new", params(arrays(config)), config)
+    assert not (tmp_path / "new").exists()
+
+
+# config.json
+
+GEMMA1 = {name: value for name, value in SETTINGS.items() if name != "hidden_activation"} | {"model_type": "gemma"}
+CONFIGS = {  # name: (config.json, activation, post_norm)
+    "Gemma 2": (SETTINGS, "gelu_tanh", True),
+    "Gemma 1, as released": (GEMMA1 | {"hidden_act": "gelu", "hidden_activation": None}, "gelu_tanh", False),
+    "hidden_activation first": (SETTINGS | {"hidden_act": "relu"}, "gelu_tanh", True),
+    "hidden_act alone": (SETTINGS | {"hidden_act": "silu", "hidden_activation": None}, "silu", True),
+    "erf": (SETTINGS | {"hidden_activation": "gelu"}, "gelu", True),
+    "Gemma 3": (SETTINGS | {"model_type": "gemma3_text"}, "gelu_tanh", True),
+    "Gemma 3 with images": (
+        {"model_type": "gemma3", "hidden_size": 99, "text_config": SETTINGS | {"model_type": "gemma3_text"}},
+        "gelu_tanh",
+        True,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_config(tmp_path, name):
+    settings, activation, post_norm = CONFIGS[name]
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    expected = MLPConfig(D, F, activation=activation, post_norm=post_norm, norm_eps=1e-6)
+    assert checkpoint.read_config(tmp_path) == (expected, LAYERS)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"model_type": "llama"},
+            "model_type in .*config.json is one of gemma, gemma2, gemma3_text. Received: 'llama'",
+        ),
+        ({"model_type": None}, "Received: None"),
+        ({"model_type": "gemma3"}, "has a text_config"),
+        ({"hidden_activation": "gelu_new"}, "hidden_activation, or else hidden_act, in .*Received: 'gelu_new'"),
+        ({"hidden_activation": None}, "hidden_activation.*Received: None"),
+        ({"hidden_activation": ["gelu"]}, r"Received: \['gelu'\]"),
+        ({"hidden_size": "64"}, "config.json: embed_dim is a whole number.*Received: '64'"),
+        ({"intermediate_size": 0}, "config.json: hidden_dim is a whole number"),
+        ({"num_hidden_layers": -1}, "config.json: num_hidden_layers is a whole number"),
+        ({"num_hidden_layers": 2.5}, "num_hidden_layers is a whole number"),
+        ({"rms_norm_eps": "small"}, "norm_eps is a positive finite number. Received: 'small'"),
+    ],
+)
+def test_a_config_with_unknown_values_is_refused(tmp_path, change, message):
+    (tmp_path / "config.json").write_text(json.dumps(SETTINGS | change))
+    with pytest.raises(ValueError, match=message):
+        checkpoint.read_config(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "name", ["model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "rms_norm_eps"]
+)
+def test_a_config_that_lacks_a_value_is_refused(tmp_path, name):
+    (tmp_path / "config.json").write_text(json.dumps({key: SETTINGS[key] for key in SETTINGS if key != name}))
+    with pytest.raises(ValueError, match=f"config.json has a {name}"):
+        checkpoint.read_config(tmp_path)

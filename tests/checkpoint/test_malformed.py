@@ -1,0 +1,294 @@
+"""Checkpoints that are wrong in every way we could think of, and headers that hypothesis makes up."""
+
+import json
+import shutil
+import struct
+
+import jax
+import ml_dtypes
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from gemma_mlp import checkpoint
+from tests.checkpoint.test_huggingface import SETTINGS, load, save, write
+from tests.support.by_hand import LAYERS, D, F, arrays, huggingface
+
+GATE, NORM = "model.layers.1.mlp.gate_proj.weight", "model.layers.1.pre_feedforward_layernorm.weight"
+INDEX = "model.safetensors.index.json"
+SHARD = "model-00002-of-00003.safetensors"  # of layers 1 and 4
+
+
+def single(change):
+    """Changes the tensors of a one-file checkpoint."""
+
+    def break_(folder):
+        write(folder, arrays())
+        tensors = load(folder)
+        change(tensors)
+        save(folder / "model.safetensors", tensors)
+
+    return break_
+
+
+def sharded(change):
+    """Changes the files of a checkpoint in three shards."""
+
+    def break_(folder):
+        change(write(folder, arrays(), shards=3))
+
+    return break_
+
+
+def indexed(change):
+    """Changes the index of a checkpoint in three shards."""
+
+    def break_(folder):
+        index = json.loads((write(folder, arrays(), shards=3) / INDEX).read_text())
+        (folder / INDEX).write_text(json.dumps(change(index) or index))
+
+    return break_
+
+
+def configured(**change):
+    return lambda folder: write(folder, arrays(), settings=SETTINGS | change)
+
+
+def raw(make):
+    """Replaces model.safetensors by made-up bytes."""
+
+    def break_(folder):
+        path = write(folder, arrays()) / "model.safetensors"
+        path.write_bytes(make(path.read_bytes()))
+
+    return break_
+
+
+def replace(name, array):
+    return single(lambda tensors: tensors.update({name: array}))
+
+
+def filled(value):
+    def change(tensors):
+        tensors[GATE] = np.array(tensors[GATE])
+        tensors[GATE][2, 1] = value
+
+    return single(change)
+
+
+def with_header(header):
+    return raw(lambda old: struct.pack("<Q", len(header)) + header + old[8 + struct.unpack("<Q", old[:8])[0] :])
+
+
+def pickled(folder):
+    write(folder, arrays())
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+
+
+def both(folder):
+    write(folder, arrays(), shards=3)
+    write(folder, arrays())
+
+
+SHAPE = rf"{GATE} in .*model\.safetensors is \[{F}, {D}\] of bfloat16, float32, float64\. Received: "
+MALFORMED = {  # name: (what makes it, the error)
+    "a missing tensor": (
+        single(lambda tensors: tensors.pop(GATE)),
+        SHAPE.replace(r".*model\.safetensors", ".*") + "no such",
+    ),
+    "a missing norm": (single(lambda tensors: tensors.pop(NORM)), rf"{NORM} in .* is \[{D}\].*no such tensor"),
+    "a missing layer": (
+        single(lambda tensors: [tensors.pop(name) for name in list(tensors) if ".layers.4." in name]),
+        r"layers\.4\.mlp\.gate_proj\.weight.*no such tensor",
+    ),
+    "a surplus bias": (
+        replace("model.layers.0.mlp.up_proj.bias", np.zeros(F, "float32")),
+        r"up_proj\.bias in",
+    ),
+    "a surplus layer": (configured(num_hidden_layers=4), r"in 4 layers. Received: model\.layers\.4\."),
+    "quantisation": (
+        replace("model.layers.0.mlp.up_proj.weight_scale", np.ones(1, "float32")),
+        "weight_scale.*quantised",
+    ),
+    "transposed": (replace(GATE, np.zeros((D, F), ml_dtypes.bfloat16)), SHAPE + r"bfloat16\[4, 6\]"),
+    "of another width": (configured(intermediate_size=F + 1), r"is \[7, 4\].*Received: bfloat16\[6, 4\]"),
+    "of rank 1": (replace(GATE, np.zeros(D * F, "float32")), SHAPE + r"float32\[24\]"),
+    "of rank 3": (replace(GATE, np.zeros((1, F, D), "float32")), SHAPE + r"float32\[1, 6, 4\]"),
+    "empty": (replace(GATE, np.zeros((0, D), "float32")), SHAPE + r"float32\[0, 4\]"),
+    "float16": (
+        replace(GATE, np.zeros((F, D), "float16")),
+        SHAPE + r"float16\[6, 4\].*float16.*refused",
+    ),
+    "int8": (replace(GATE, np.zeros((F, D), "int8")), SHAPE + r"I8\[6, 4\]"),
+    "float64": (replace(GATE, np.zeros((F, D))), "float64 needs JAX's 64-bit mode"),
+    "NaN": (filled(np.nan), rf"{GATE} in .*model\.safetensors is finite\. Received: 1 numbers that are not, of 24"),
+    "infinity": (filled(np.inf), rf"{GATE} .*is finite"),
+    "cut in the data": (raw(lambda old: old[:-1]), r"model\.safetensors is a whole safetensors file.*cut short"),
+    "cut in the header": (raw(lambda old: old[:40]), "is a whole safetensors file"),
+    "cut in the length": (raw(lambda old: old[:5]), "is a whole safetensors file"),
+    "no bytes": (raw(lambda old: b""), "is a whole safetensors file"),
+    "bytes at the end": (raw(lambda old: old + b"\0"), "is a whole safetensors file"),
+    "a header that is too long": (
+        raw(lambda old: struct.pack("<Q", 2**63) + old[8:]),
+        "is a whole safetensors file",
+    ),
+    "a header that is no JSON": (with_header(b"{" * 64), "is a whole safetensors file"),
+    "a header of nothing": (with_header(b"{}"), "is a whole safetensors file"),
+    "offsets past the end": (
+        with_header(json.dumps({GATE: {"dtype": "F32", "shape": [F, D], "data_offsets": [0, 2**40]}}).encode()),
+        "is a whole safetensors file",
+    ),
+    "a pickle": (raw(lambda old: b"\x80\x04\x95" + old), "is a whole safetensors file"),
+    "only a pickle": (pickled, r"either .* Received: config\.json and pytorch_model\.bin.*never opened"),
+    "two forms": (both, r"either .*Received: model\.safetensors and model\.safetensors\.index\.json"),
+    "an absent shard": (
+        sharded(lambda folder: (folder / SHARD).unlink()),
+        rf"{SHARD}, as the index says",
+    ),
+    "a shard cut short": (
+        sharded(lambda folder: (folder / SHARD).write_bytes((folder / SHARD).read_bytes()[:-7])),
+        f"{SHARD} is a whole safetensors file",
+    ),
+    "a shard that is another": (
+        sharded(lambda folder: shutil.copyfile(folder / "model-00001-of-00003.safetensors", folder / SHARD)),
+        rf"model\.layers\.1\.mlp\.gate_proj\.weight in .*{SHARD} is .*no such tensor",
+    ),
+    "an index that is no JSON": (sharded(lambda folder: (folder / INDEX).write_text("{")), f"{INDEX} is a JSON file"),
+    "an index that is a list": (sharded(lambda folder: (folder / INDEX).write_text("[]")), "holds a JSON object"),
+    "an index without a map": (indexed(lambda index: index.pop("weight_map") and None), "has a weight_map"),
+    "an index of numbers": (indexed(lambda index: {"weight_map": {GATE: 3}}), "has a weight_map"),
+    "an index that lacks a tensor": (
+        indexed(lambda index: index["weight_map"].pop(GATE) and None),
+        "no such tensor",
+    ),
+    "a path upwards": (
+        indexed(lambda index: index["weight_map"].update({GATE: "../other/model.safetensors"})),
+        rf"in its own folder. Received: '\.\./other/model\.safetensors' for {GATE}.*escapes",
+    ),
+    "an absolute path": (indexed(lambda index: index["weight_map"].update({GATE: "/a.safetensors"})), "escapes"),
+    "a path inside": (indexed(lambda index: index["weight_map"].update({GATE: "a/../b.safetensors"})), "escapes"),
+    "a pickle in the index": (indexed(lambda index: index["weight_map"].update({GATE: "model.bin"})), "or is a pickle"),
+    "no config": (sharded(lambda folder: (folder / "config.json").unlink()), r"config\.json is a JSON file"),
+    "a config that is no JSON": (sharded(lambda folder: (folder / "config.json").write_text("\0")), "is a JSON file"),
+    "no folder": (lambda folder: None, r"absent/config\.json is a JSON file.*No such file"),
+    "two models": (
+        single(lambda tensors: tensors.update({f"teacher.{name}": tensors[name] for name in list(tensors)})),
+        r"has layers with an MLP of this kind. Received: 2: model\., teacher\.model\.",
+    ),
+}
+
+
+@pytest.mark.parametrize("stacked", [False, True])
+@pytest.mark.parametrize("name", MALFORMED)
+def test_malformed(tmp_path, name, stacked):
+    break_, message = MALFORMED[name]
+    folder = tmp_path / ("absent" if name == "no folder" else "checkpoint")
+    break_(folder)
+    before = {path: path.read_bytes() for path in folder.glob("*")}
+    with pytest.raises(ValueError, match=message):
+        checkpoint.read_huggingface(folder, stacked=stacked)
+    assert {path: path.read_bytes() for path in folder.glob("*")} == before
+
+
+def test_there_are_enough():
+    assert len(MALFORMED) >= 25
+
+
+@pytest.mark.parametrize("layers", [[5], [-1], [0, 0], [], range(3, 9)])
+def test_a_layer_out_of_range(tmp_path, layers):
+    with pytest.raises(ValueError, match=r"some of the layers 0 to 4, each once\. Received: "):
+        checkpoint.read_huggingface(write(tmp_path, arrays()), layers=layers)
+    assert LAYERS == 5
+
+
+# Headers that hypothesis makes up
+
+
+def parse(data):
+    """The tensors of a file, by the format's own definition and NumPy: eight bytes of length, JSON, data."""
+    (length,) = struct.unpack("<Q", data[:8])
+    header, body = json.loads(data[8 : 8 + length]), data[8 + length :]
+    dtypes = {"BF16": ml_dtypes.bfloat16, "F32": np.float32, "F64": np.float64}
+    tensors = {}
+    for name, entry in header.items():
+        if name != "__metadata__" and entry["dtype"] in dtypes:
+            start, end = entry["data_offsets"]
+            tensors[name] = np.frombuffer(body[start:end], dtypes[entry["dtype"]]).reshape(entry["shape"])
+    return tensors
+
+
+def outcome(folder):
+    """Either an error that we raise, or just what the file says."""
+    try:
+        layers = checkpoint.read_huggingface(folder)
+    except ValueError:
+        return
+    tensors = parse((folder / "model.safetensors").read_bytes())
+    for i, layer in enumerate(layers):
+        for name, got in (
+            ("mlp.gate_proj", layer.mlp.gate_proj.T),
+            ("mlp.up_proj", layer.mlp.up_proj.T),
+            ("mlp.down_proj", layer.mlp.down_proj.T),
+            ("pre_feedforward_layernorm", layer.pre_norm.scale),
+            ("post_feedforward_layernorm", layer.post_norm.scale),
+        ):
+            expected = tensors[f"model.layers.{i}.{name}.weight"]
+            assert got.dtype == expected.dtype
+            assert np.asarray(got).tobytes() == expected.tobytes()
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    folder = write(tmp_path_factory.mktemp("fuzz"), arrays(layers=1), settings=SETTINGS | {"num_hidden_layers": 1})
+    return folder, (folder / "model.safetensors").read_bytes()
+
+
+FUZZ = settings(max_examples=300, deadline=2000, suppress_health_check=[HealthCheck.too_slow], derandomize=True)
+NAMES = st.sampled_from([*huggingface(arrays(layers=1)), "model.norm.weight", "", "__metadata__"])
+SIZES = st.one_of(st.integers(-2, 100), st.sampled_from([2**31, 2**32, 2**63, 2**64, -(2**63), 1.5, None, "4"]))
+ENTRIES = st.fixed_dictionaries(
+    {
+        "dtype": st.sampled_from(["BF16", "F32", "F16", "F64", "I8", "F8_E4M3", "bfloat16", "", 3]),
+        "shape": st.lists(SIZES, max_size=4),
+        "data_offsets": st.lists(SIZES, max_size=3),
+    }
+)
+
+
+@FUZZ
+@given(position=st.integers(0, 1200), value=st.integers(0, 255))
+def test_any_byte_changed(whole, position, value):
+    folder, data = whole
+    position %= len(data)
+    (folder / "model.safetensors").write_bytes(data[:position] + bytes([value]) + data[position + 1 :])
+    outcome(folder)
+
+
+@FUZZ
+@given(length=st.one_of(st.integers(0, 2000), st.integers(0, 2**64 - 1)), header=st.binary(max_size=300))
+def test_any_bytes_for_a_header(whole, length, header):
+    folder, _ = whole
+    (folder / "model.safetensors").write_bytes(struct.pack("<Q", length) + header)
+    outcome(folder)
+
+
+@FUZZ
+@given(entries=st.dictionaries(NAMES, ENTRIES, max_size=4), swap=st.permutations(range(5)))
+def test_any_entries_in_a_header(whole, entries, swap):
+    """Sound JSON, with made-up entries, and the five tensors' offsets and shapes dealt out anew."""
+    folder, data = whole
+    (length,) = struct.unpack("<Q", data[:8])
+    header = json.loads(data[8 : 8 + length])
+    names = sorted(huggingface(arrays(layers=1)))
+    dealt = {name: header[names[other]] for name, other in zip(names, swap)}
+    text = json.dumps(header | dealt | entries).encode()
+    (folder / "model.safetensors").write_bytes(struct.pack("<Q", len(text)) + text + data[8 + length :])
+    outcome(folder)
+
+
+def test_the_whole_file_is_read_as_parsed(whole):
+    folder, data = whole
+    (folder / "model.safetensors").write_bytes(data)
+    outcome(folder)
+    assert len(jax.tree.leaves(checkpoint.read_huggingface(folder))) == 5

@@ -1,0 +1,292 @@
+"""The kernels for TPUs in Pallas's interpreter of them, which looks for races; tests/aot has their real compiler."""
+
+import dataclasses
+import functools
+import importlib
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from gemma_mlp import PRESETS, MLPConfig, MLPParams, feed_forward, mlp, mlp_hidden, sharding
+from gemma_mlp.op import backends, tpu, tpu_gradients
+from gemma_mlp.testing import oracle, samples
+from gemma_mlp.testing.oracle import relative_error
+from tests.support.comparison import FLOAT32_BOUND, errors, exact_result, floor_errors, run
+from tests.test_sharding import RULES, make_mesh, spread
+
+V5E, V5P, V6E = pltpu.ChipVersion.TPU_V5E, pltpu.ChipVersion.TPU_V5P, pltpu.ChipVersion.TPU_V6E
+EMBED_DIM, HIDDEN_DIM = 128, 512
+FLOOR_FACTOR = 1.02
+
+
+def small_blocks(monkeypatch, version=V5E, cores=1):
+    """Has kernels see a TPU, and take small blocks, so that a small case has several of each kind."""
+    info = pltpu.get_tpu_info_for_chip(version, cores)
+    monkeypatch.setattr(pltpu, "get_tpu_info", lambda: info)
+    monkeypatch.setattr(backends, "target_device", lambda: SimpleNamespace(platform="tpu"))
+    monkeypatch.setattr(tpu, "MOST_HIDDEN", 128)
+    monkeypatch.setattr(tpu, "MOST_TOKENS", 64)
+    monkeypatch.setattr(tpu, "UNROLLED", 32)
+    monkeypatch.setattr(tpu_gradients, "MOST_TOKENS", 32)
+    jax.clear_caches()
+
+
+def without_aliases_of_tails(pallas_call, *args, **options):
+    """The interpreter fails where a last block that is not full is of an array in place of another."""
+
+    def is_full(i):
+        return options["out_shape"][i].shape[0] % options["out_specs"][i].block_shape[0] == 0
+
+    aliases = options.pop("input_output_aliases", {})
+    aliases = {given: i for given, i in aliases.items() if is_full(i)}
+    return pallas_call(*args, input_output_aliases=aliases, **options)
+
+
+@pytest.fixture(params=[(V5E, 1)], ids=str)
+def chip(request, monkeypatch):
+    version, cores = request.param
+    small_blocks(monkeypatch, version, cores)
+    monkeypatch.setattr(pl, "pallas_call", functools.partial(without_aliases_of_tails, pl.pallas_call))
+    interpreter = importlib.import_module("jax._src.pallas.mosaic.interpret.interpret_pallas_call")
+    options = pltpu.InterpretParams(detect_races=True, num_cores_or_threads=cores)
+    with pltpu.force_tpu_interpret_mode(options):
+        yield
+    assert interpreter.races is None or not interpreter.races.races_found
+    jax.clear_caches()
+
+
+@pytest.fixture
+def simple_chip(monkeypatch):
+    """Pallas's other interpreter, of XLA's own operations: it knows no races, but runs under every transformation."""
+    small_blocks(monkeypatch)
+    monkeypatch.setattr(pl, "pallas_call", functools.partial(pl.pallas_call, interpret=True))
+    yield
+    jax.clear_caches()
+
+
+def case(batch, embed_dim=EMBED_DIM, hidden_dim=HIDDEN_DIM):
+    rng = np.random.default_rng(0)
+    arrays = samples.mlp_arrays(rng, embed_dim, hidden_dim, use_bias=False)
+    return arrays, *(samples.normal(rng, (*batch, embed_dim)) for _ in range(2))
+
+
+@pytest.mark.parametrize("chip", [(V5E, 1), (V5P, 2)], indirect=True, ids=str)
+@pytest.mark.parametrize("save", ["input", "gate_up"])
+@pytest.mark.parametrize("batch", [(), (16,), (40,), (2, 65)], ids=str)
+def test_bfloat16_is_at_the_floor(batch, save, chip):
+    arrays, x, dy = case(batch)
+    exact = exact_result(arrays, x, dy, "gelu_tanh")
+    floor = floor_errors(arrays, x, dy, "gelu_tanh", exact, save)
+    result = run(arrays, x, dy, "bfloat16", jit=True, save=save, implementation="pallas")
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(result)} == {"bfloat16"}
+    for name, error in errors(result, exact).items():
+        assert error <= FLOOR_FACTOR * floor[name], name
+
+
+@pytest.mark.parametrize("activation", ["gelu_tanh", "silu", "relu", "sigmoid", "identity"])
+@pytest.mark.parametrize("save", ["input", "gate_up"])
+def test_float32_equals_the_oracle(save, activation, chip):
+    arrays, x, dy = case((70,))
+    result = run(arrays, x, dy, "float32", jit=True, activation=activation, save=save, implementation="pallas")
+    for name, error in errors(result, exact_result(arrays, x, dy, activation)).items():
+        assert error <= FLOAT32_BOUND, name
+
+
+@pytest.mark.parametrize("save", ["input", "gate_up"])
+def test_float32_weights_in_bfloat16(save, chip):
+    """The weights are rounded as they arrive; what is rounded last is their gradients, to float32."""
+    arrays, x, dy = case((70,))
+    options = {"param_dtype": "float32", "dtype": "bfloat16", "save": save, "implementation": "pallas"}
+    result = run(arrays, x, dy, "bfloat16", jit=True, **options)
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(result[1])} == {"float32"}
+    exact = exact_result(arrays, x, dy, "gelu_tanh")
+    floor = floor_errors(arrays, x, dy, "gelu_tanh", exact, save, weights=lambda a: a)
+    for name, error in errors(result, exact).items():
+        assert error <= FLOOR_FACTOR * floor[name], name
+
+
+@pytest.mark.parametrize("chip", [(V5E, 1), (V5P, 2)], indirect=True, ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "param_dtype"), [("bfloat16", "bfloat16"), ("bfloat16", "float32"), ("float32", "float32")]
+)
+@pytest.mark.parametrize("batch", [(), (40,), (2, 65)], ids=str)
+def test_hidden_activations(batch, dtype, param_dtype, chip):
+    """Of float32 gate and up: in bfloat16 the error is that of rounding h alone."""
+    arrays, x, _ = case(batch)
+    config = MLPConfig(EMBED_DIM, HIDDEN_DIM, dtype=dtype, implementation="pallas")
+    apply = functools.partial(mlp_hidden, config=config)
+    args = samples.mlp_params(arrays, param_dtype), jnp.asarray(x, dtype)
+    assert "name=geglu_hidden" in str(jax.make_jaxpr(apply)(*args))
+    h, (_, _, exact) = jax.jit(apply)(*args), oracle.mlp(arrays, x, "gelu_tanh")[1]
+    assert h.dtype == dtype
+    floor = relative_error(oracle.bfloat16(exact), exact)
+    assert relative_error(h, exact) <= (FLOAT32_BOUND if dtype == "float32" else FLOOR_FACTOR * floor)
+
+
+def test_gradients_of_hidden_activations(chip):
+    arrays, x, _ = case((70,))
+
+    def loss(implementation, params, x):
+        config = MLPConfig(EMBED_DIM, HIDDEN_DIM, dtype="float32", implementation=implementation)
+        return jnp.sum(jnp.sin(mlp_hidden(params, x, config)))
+
+    args = samples.mlp_params(arrays, "float32"), jnp.asarray(x, "float32")
+    gradients = (jax.jit(jax.grad(functools.partial(loss, i), argnums=(0, 1)))(*args) for i in ("pallas", "xla"))
+    for leaf, expected in zip(*map(jax.tree.leaves, gradients), strict=True):
+        assert relative_error(leaf, np.asarray(expected, np.float64)) <= FLOAT32_BOUND
+
+
+@pytest.mark.parametrize("save", ["input", "gate_up"])
+def test_chunks_change_nothing(save, chip):
+    arrays, x, dy = case((70,))
+    params, x, dy = samples.mlp_params(arrays, "float32"), jnp.asarray(x), jnp.asarray(dy)
+
+    def program(chunk_size):
+        apply = functools.partial(feed_forward, save=save, chunk_size=chunk_size, implementation="pallas")
+        return str(jax.make_jaxpr(functools.partial(samples.value_and_pullback, apply))(params, x, dy))
+
+    assert program(24) == program(None)
+
+
+@pytest.mark.parametrize("save", ["input", "gate_up"])
+def test_a_rematerialised_scan_is_that_of_xla(save, simple_chip):
+    config = MLPConfig(EMBED_DIM, HIDDEN_DIM, save=save)
+    params = jax.vmap(lambda key: MLPParams.init(config, key))(jax.random.split(jax.random.key(0), 2))
+    x = jax.random.normal(jax.random.key(1), (2, 20, EMBED_DIM))
+
+    def loss(implementation, params, x):
+        layer = functools.partial(mlp, config=dataclasses.replace(config, implementation=implementation))
+        step = jax.checkpoint(lambda x, p: (x + layer(p, x), None))
+        return jnp.sum(jnp.sin(jax.lax.scan(step, x, params)[0]))
+
+    gradients = (jax.jit(jax.grad(functools.partial(loss, i), argnums=(0, 1)))(params, x) for i in ("pallas", "xla"))
+    for leaf, expected in zip(*map(jax.tree.leaves, gradients)):
+        assert relative_error(leaf, np.asarray(expected, np.float64)) <= 3 * FLOAT32_BOUND  # through two layers
+
+
+WITHOUT_PARTS_OF_F = (
+    ("batch", ("data", "fsdp", "tensor")),
+    ("length", None),
+    ("embed", ("fsdp", "tensor")),
+    ("mlp", None),
+)
+
+
+@pytest.mark.parametrize(
+    ("data", "fsdp", "tensor", "rules", "save"),
+    [(1, 4, 2, rules, "input") for rules in (*RULES.values(), WITHOUT_PARTS_OF_F)]
+    + [(2, 2, 2, RULES["sequence"], save) for save in ("input", "gate_up")],
+    ids=[*RULES, "data", "replicas", "replicas-gate_up"],
+)
+def test_a_mesh_changes_no_number(data, fsdp, tensor, rules, save, simple_chip, eight_devices):
+    arrays, x, dy = case((8, 16), hidden_dim=1024)
+    mesh = make_mesh(fsdp, tensor, data=data)
+    specs = MLPParams(**MLPParams.specs(MLPConfig(EMBED_DIM, 1024)))
+    params = spread(samples.mlp_params(arrays, "float32"), mesh, rules, specs)
+    stream = sharding.activation_sharding(x.shape, mesh, rules)
+    x_there, dy_there = (jax.device_put(jnp.asarray(a, "float32"), stream) for a in (x, dy))
+    apply = functools.partial(feed_forward, axis_rules=rules, save=save, implementation="pallas")
+    with jax.set_mesh(mesh):
+        result = jax.jit(functools.partial(samples.value_and_pullback, apply))(params, x_there, dy_there)
+    for name, error in errors(result, exact_result(arrays, x, dy, "gelu_tanh")).items():
+        assert error <= FLOAT32_BOUND, name
+
+
+def test_hidden_activations_on_a_mesh(simple_chip, eight_devices):
+    arrays, x, _ = case((8, 16), hidden_dim=1024)
+    rules, mesh = RULES["sequence"], make_mesh(4, 2)
+    specs = MLPParams(**MLPParams.specs(MLPConfig(EMBED_DIM, 1024)))
+    params = spread(samples.mlp_params(arrays, "float32"), mesh, rules, specs)
+    config = MLPConfig(EMBED_DIM, 1024, dtype="float32", axis_rules=rules, implementation="pallas")
+    x_there = jax.device_put(jnp.asarray(x, "float32"), sharding.activation_sharding(x.shape, mesh, rules))
+    with jax.set_mesh(mesh):
+        h = jax.jit(functools.partial(mlp_hidden, config=config))(params, x_there)
+    assert h.sharding.shard_shape(h.shape) == (2, 16, 512)
+    assert relative_error(h, oracle.mlp(arrays, x, "gelu_tanh")[1][2]) <= FLOAT32_BOUND
+
+
+def test_no_tokens(chip):
+    arrays, x, dy = case((0,))
+    y, dparams, dx = run(arrays, x, dy, "float32", implementation="pallas")
+    assert y.shape == dx.shape == (0, EMBED_DIM)
+    assert all(not np.any(grad) for grad in jax.tree.leaves(dparams))
+
+
+def blocks_of(monkeypatch, module, version, cores, preset, tokens):
+    """What the kernel of `module` chooses for bfloat16."""
+    chosen, choose = [], tpu.choose_blocks
+    info = pltpu.get_tpu_info_for_chip(version, cores)
+    monkeypatch.setattr(pltpu, "get_tpu_info", lambda: info)
+    monkeypatch.setattr(module, "choose_blocks", lambda *args: chosen.append(choose(*args)) or chosen[-1])
+    size = PRESETS[preset]
+    shapes = (tokens, size.embed_dim), (size.embed_dim, size.hidden_dim), (size.hidden_dim, size.embed_dim)
+    x, gate, down = (jax.ShapeDtypeStruct(shape, "bfloat16") for shape in shapes)
+    backward = module is tpu_gradients
+    options = {"activation": "gelu_tanh"} | ({} if backward else {"keep": False})
+    kernel = functools.partial(module.gradients if backward else module.feed_forward, **options)
+    jax.eval_shape(kernel, *([x, x] if backward else [x]), gate, gate, down)
+    return tuple(chosen[0])
+
+
+@pytest.mark.parametrize(
+    ("version", "cores", "preset", "tokens", "forward", "backward"),
+    [
+        (V6E, 1, "gemma2_27b", 8192, (1024, 512, 512), (256, 512, 256)),
+        (V5E, 1, "gemma2_27b", 8192, (1024, 512, 512), (256, 512, 256)),
+        (V5P, 2, "gemma2_27b", 8192, (512, 512, 512), (128, 256, 128)),
+        (V5P, 2, "gemma2_2b", 512, (256, 512, 256), (256, 512, 256)),  # one block for each core
+        (V6E, 1, "gemma2_2b", 1100, (576, 512, 288), (256, 512, 256)),  # as even as can be
+        (V6E, 1, "gemma3_1b", 1, (16, 384, 16), (16, 384, 16)),  # 6,912 = 18 * 384
+    ],
+)
+def test_blocks_fill_the_chips_memory(version, cores, preset, tokens, forward, backward, monkeypatch):
+    """(tokens, F, rows at a time)."""
+    for module, expected in ((tpu, forward), (tpu_gradients, backward)):
+        assert blocks_of(monkeypatch, module, version, cores, preset, tokens) == expected
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"save": "autodiff"}, "has a backward pass of its own"),
+        ({"activation": "gelu"}, "has no erfc on TPUs"),
+        ({"dropout_rate": 0.5, "dropout_key": jax.random.key(0)}, "has no dropout"),
+        ({"use_bias": True}, "has no biases"),
+        ({"embed_dim": 64}, "multiples of 128. Received: 64 and 512"),
+        ({"hidden_dim": 64}, "multiples of 128. Received: 128 and 64"),
+    ],
+    ids=str,
+)
+def test_what_it_does_not_serve(options, message, chip):
+    config = {"embed_dim": EMBED_DIM, "hidden_dim": HIDDEN_DIM, "use_bias": False}
+    config |= {name: options[name] for name in config if name in options}
+    params = MLPParams.init(MLPConfig(**config), jax.random.key(0))
+    others = {name: value for name, value in options.items() if name not in config}
+    with pytest.raises(ValueError, match=message):
+        feed_forward(params, jnp.zeros((3, config["embed_dim"])), implementation="pallas", **others)
+
+
+def test_a_mesh_needs_rules(chip, eight_devices):
+    params = MLPParams.init(MLPConfig(EMBED_DIM, HIDDEN_DIM), jax.random.key(0))
+    with jax.set_mesh(make_mesh(4, 2)), pytest.raises(ValueError, match="where axis_rules say what is split"):
+        feed_forward(params, jnp.zeros((8, EMBED_DIM)), implementation="pallas")
+
+
+def test_an_embed_dim_that_vmem_cannot_hold(chip):
+    params = jax.eval_shape(lambda: MLPParams.init(MLPConfig(2**16, 128), jax.random.key(0)))
+    x = jax.ShapeDtypeStruct((1, 2**16), "float32")
+    with pytest.raises(ValueError, match=r"smallest blocks fit into VMEM, 125829120 bytes\. Received: an embed_dim"):
+        jax.eval_shape(functools.partial(feed_forward, implementation="pallas"), params, x)
+
+
+def test_a_cpu_has_no_kernels():
+    params = MLPParams.init(MLPConfig(EMBED_DIM, HIDDEN_DIM), jax.random.key(0))
+    with pytest.raises(ValueError, match=r"runs on TPUs and on NVIDIA's GPUs\. Received: a program for cpu"):
+        feed_forward(params, jnp.zeros((3, EMBED_DIM)), implementation="pallas")
+    with pytest.raises(ValueError, match="implementation is one of xla, pallas"):
+        MLPConfig(8, 16, implementation="triton")  # pyright: ignore[reportArgumentType]

@@ -1,0 +1,89 @@
+"""The benchmark measures what it says: the products are the block's, the figures the compilers' and the oracle's."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from benchmark import memory, timing
+
+from gemma_mlp import MLPConfig, MLPParams
+
+ROOT = Path(__file__).parents[2]
+CONFIG = MLPConfig(16, 64)
+AXES = [timing.NO_TRANSPOSE, timing.TRANSPOSE_WEIGHT, timing.OVER_TOKENS]
+
+
+@pytest.mark.parametrize("tokens", [1, 3])
+@pytest.mark.parametrize("axes", AXES, ids=str)
+def test_every_form_of_a_product_is_that_product(axes, tokens):
+    rng = np.random.default_rng(0)
+    a = rng.standard_normal((tokens, 8))
+    b = rng.standard_normal({timing.NO_TRANSPOSE: (8, 4), timing.TRANSPOSE_WEIGHT: (4, 8)}.get(axes, (tokens, 4)))
+    expected = np.tensordot(a, b, ([axes[0]], [axes[1]]))
+    forms = list(timing.forms_of(jnp.float32(a), jnp.float32(b), axes))
+    assert len(forms) >= 2
+    for form in forms:
+        np.testing.assert_allclose(form(jnp.float32(a), jnp.float32(b)), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_three_products_forward_and_nine_in_all():
+    params = MLPParams.init(CONFIG, jax.random.key(0))
+    forward, gradient = timing.products(params, jnp.ones((5, 16)))
+    hidden, stream, weight = (5, 64), (5, 16), (16, 64)
+    assert [a.shape for a in forward()] == [hidden, hidden, stream]
+    expected = [hidden, hidden, stream, hidden, stream, stream, weight, weight, weight[::-1]]
+    assert [a.shape for a in gradient()] == expected
+    # A product counts its FLOPs as 2 times its three sizes: nine of them are what `work` says of a gradient.
+    assert timing.work(CONFIG, "float32", 5, "gradient")[0] == 9 * 2 * 5 * 16 * 64
+    assert timing.work(CONFIG, "bfloat16", 5, "forward") == (3 * 2 * 5 * 16 * 64, 2 * (3 * 16 * 64 + 2 * 5 * 16))
+
+
+def test_a_race_takes_turns_and_gives_medians(monkeypatch):
+    seconds = {"first": iter([0.001, 0.009, 0.002]), "second": iter([0.004, 0.004, 0.020])}
+    turns = []
+
+    def clock(call, repeats):
+        turns.append(call())
+        return next(seconds[turns[-1]])
+
+    monkeypatch.setattr(timing, "clock", clock)
+    monkeypatch.setattr(jax, "default_backend", lambda: "cpu")
+    times = timing.race({name: lambda name=name: name for name in seconds}, 3)
+    assert times == pytest.approx({"first": 2, "second": 4})  # milliseconds
+    assert turns == ["first", "second"] * 3
+
+
+def test_memory_of_this_machines_compiler():
+    sizes = {"tokens": 2048, "layers": 4, "chunk_size": 256}
+    rows = list(memory.measure("gemma3_270m", {"CPU": ("cpu", None)}, **sizes))
+    assert len(rows) == 3 * 5 and all(row["CPU"] > 0 for row in rows)
+    scanned = {(row["layer"], row["chunk_size"]): row["CPU"] for row in rows if row["stack"] == "scanned"}
+    assert scanned["input", None] < scanned["gate_up", None] < scanned["plain", None]
+
+
+@pytest.mark.long
+def test_the_command(tmp_path):
+    command = [sys.executable, str(ROOT / "scripts" / "benchmark.py"), f"--config={ROOT}/configs/benchmark.py:2b"]
+    small = ["preset=gemma3_270m", "tokens=(1,3)", "dtypes=('float32',)", "rounds=1", "accuracy_tokens=(3,)"]
+    flags = [f"--config.{setting}" for setting in (*small, "memory_tokens=128", f"workdir={tmp_path}")]
+    done = subprocess.run([*command, *flags], check=True, capture_output=True, text=True)
+    report = json.loads((tmp_path / "benchmark.json").read_text())
+    passes = [(tokens, which) for tokens in (1, 3) for which in ("forward", "gradient")]
+    assert [(row["tokens"], row["pass"]) for row in report["time"]] == passes
+    assert [row["layer"] for row in report["accuracy"]] == ["floor", "input", "gate_up", "plain"]
+    compilers = memory.compilers()[0]
+    assert len(report["memory"]) == (15 if list(compilers) == ["CPU"] else 18)  # kernels have rows for accelerators
+    assert report["ceiling"]["float32"]["GB/s"] > 0
+    assert (tmp_path / "benchmark.png").read_bytes().startswith(b"\x89PNG")
+    assert ("H200 Triton is left out" in done.stdout) == ("H200 Triton" not in compilers)
+
+
+def test_an_unknown_section_is_explained():
+    command = [sys.executable, str(ROOT / "scripts" / "benchmark.py"), "--config.sections=('speed',)"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode != 0 and "config.sections are of time, accuracy, memory. Received: speed" in done.stderr

@@ -1,0 +1,327 @@
+"""The comparison is fair: equal sizes, paired seeds, one training loop, the same tables after an interruption."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from compare_activations import approximation, contestants, ensembles, heldout, tuning
+from compare_activations.contestants import CONTESTANTS
+from compare_activations.ensembles import Member
+from compare_activations.ledger import Ledger
+from compare_activations.statistics import interval, paired
+from flax import nnx
+from train_toy import data, training
+from train_toy.language_model import pure_functions
+
+import gemma_mlp
+from gemma_mlp.testing import oracle
+from tests.support.configs import get_config
+
+pytestmark = [pytest.mark.promotes, pytest.mark.long]
+
+ROOT = Path(__file__).parents[2]
+ACTIVATION = {  # Shazeer's names, arXiv:2002.05202
+    "geglu_tanh": ("gelu_tanh", True),
+    "geglu_erf": ("gelu", True),
+    "swiglu": ("silu", True),
+    "reglu": ("relu", True),
+    "glu": ("sigmoid", True),
+    "bilinear": ("identity", True),
+    "gelu": ("gelu_tanh", False),
+    "silu": ("silu", False),
+    "relu": ("relu", False),
+}
+
+
+def command(workdir, *settings):
+    flags = [f"--config.{setting}" for setting in (f"workdir={workdir}", *settings)]
+    script = str(ROOT / "scripts" / "compare_activations.py")
+    return [sys.executable, script, f"--config={ROOT}/configs/compare_activations.py:smoke", *flags]
+
+
+def environment():
+    """Compiling is nearly all that the smoke version does; LLVM is told to do less of it."""
+    return os.environ | {"XLA_FLAGS": "--xla_backend_optimization_level=0"}
+
+
+@pytest.fixture(scope="module")
+def smoke(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("smoke")
+    started = time.monotonic()
+    done = subprocess.run(command(workdir), check=True, capture_output=True, text=True, env=environment())
+    return workdir, done, time.monotonic() - started
+
+
+def tables(workdir):
+    return json.loads((workdir / "tables.json").read_text())
+
+
+def test_the_smoke_version_does_all_of_it_in_two_minutes(smoke):
+    workdir, done, seconds = smoke
+    assert seconds < 120
+    rows = {name: len(table) for name, table in tables(workdir).items()}
+    assert rows == {"heldout": 2, "gradient_flow": 4, "expressiveness": 8, "curvature": 2, "approximation": 6}
+    assert "100%" in done.stderr  # of the progress bar
+    for name in ("comparison", *rows):
+        assert (workdir / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_killed_and_continued_gives_the_same_table(smoke, tmp_path):
+    whole, _, _ = smoke
+    section = "sections=('expressiveness',)"
+    process = subprocess.Popen(command(tmp_path, section), env=environment(), stderr=subprocess.DEVNULL)
+    runs, deadline = tmp_path / "runs.jsonl", time.monotonic() + 60
+    while not (runs.exists() and runs.read_text().count("\n") >= 3) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    os.kill(process.pid, signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    assert not (tmp_path / "tables.json").exists()
+    kept = runs.read_text()
+    assert 3 <= kept.count("\n") < 16
+
+    subprocess.run(command(tmp_path, section), check=True, capture_output=True, env=environment())
+    assert runs.read_text().startswith(kept)
+    assert tables(tmp_path)["expressiveness"] == tables(whole)["expressiveness"]
+
+
+def test_an_unknown_name_is_explained(tmp_path):
+    done = subprocess.run(command(tmp_path, "contestants=('relu','mish')"), capture_output=True, text=True)
+    assert done.returncode != 0 and "config.contestants are of geglu_tanh, " in done.stderr
+    assert "Received: mish. Fix:" in done.stderr
+
+
+class TestLedger:
+    class Bar:
+        def __init__(self):
+            self.updates = 0
+
+        def set_description(self, _):
+            pass
+
+        def update(self):
+            self.updates += 1
+
+    def test_a_run_is_measured_once_and_kept_at_once(self, tmp_path):
+        path = tmp_path / "runs.jsonl"
+        first = Ledger(path, self.Bar())
+        assert first.run(lambda: {"score": (1.0, 2.0)}, name="a", depth=4)["score"] == [1.0, 2.0]
+        first.run(lambda: {"score": 3.0}, name="a", depth=16)
+        path.write_text(path.read_text() + '{"name": "b", "sc')  # an interruption in the middle of a line
+        bar = self.Bar()
+        again = Ledger(path, bar)
+        for depth, score in ((4, [1.0, 2.0]), (16, 3.0)):
+            assert again.run(pytest.fail, name="a", depth=depth) == {"name": "a", "depth": depth, "score": score}
+        again.run(lambda: {"score": 5.0}, name="b", depth=4)
+        assert bar.updates == 3
+        assert [json.loads(line)["score"] for line in path.read_text().splitlines()] == [[1.0, 2.0], 3.0, 5.0]
+
+    def test_a_run_that_fails_leaves_nothing(self, tmp_path):
+        ledger = Ledger(tmp_path / "runs.jsonl", self.Bar())
+        with pytest.raises(FloatingPointError):
+            ledger.run(fail, name="a")
+        assert ledger.runs == [] and not (tmp_path / "runs.jsonl").exists()
+
+
+def fail():
+    raise FloatingPointError
+
+
+class TestStatistics:
+    def test_interval_by_hand(self):
+        mean, half = interval([1.0, 2.0, 3.0, 4.0])
+        # t of 3 degrees of freedom: 3.182446 at 97.5 %; the standard error is sqrt(5/3) / 2.
+        assert mean == 2.5 and half == pytest.approx(3.182446 * (5 / 3) ** 0.5 / 2, rel=1e-6)
+        # Of eight at a time each holds with 1 - 0.05 / 8, by integrating the density.
+        quantile = interval([1.0, 2.0, 3.0, 4.0], 8)[1] / ((5 / 3) ** 0.5 / 2)
+        t = np.linspace(-quantile, quantile, 200_001)
+        inside = np.trapezoid(6 * 3**0.5 / (np.pi * (3 + t**2) ** 2), t)
+        assert inside == pytest.approx(1 - 0.05 / 8, abs=1e-6)
+
+    def test_pairing_takes_out_what_seeds_share(self):
+        shared = np.array([0.0, 5.0, -3.0, 8.0])
+        mean, half = paired(shared + np.array([1.1, 0.9, 1.0, 1.0]), shared)
+        assert mean == pytest.approx(1.0) and half == pytest.approx(3.182446 * (0.02 / 3) ** 0.5 / 2, rel=1e-6)
+        # Scores that rank the seeds the other way round: the differences are -4, 0 and 4, not three zeros.
+        assert paired([0.0, 2.0, 4.0], [4.0, 2.0, 0.0]) == (0, pytest.approx(4.302653 * 4 / 3**0.5, rel=1e-6))
+
+
+class TestContestants:
+    def test_names(self):
+        assert {name: tuple(contestant[1:]) for name, contestant in CONTESTANTS.items()} == ACTIVATION
+
+    @pytest.mark.parametrize("name", CONTESTANTS)
+    def test_equal_parameters_each_used_once_a_token(self, name):
+        config = contestants.mlp_config(name, 8, 24)
+        assert config.hidden_dim == (24 if CONTESTANTS[name].gated else 36)
+        init, _ = pure_functions(lambda key: contestants.block_class(name)(config, rngs=nnx.Rngs(params=key)))
+        shapes = jax.eval_shape(init, jax.random.key(0))
+        assert sum(leaf.size for leaf in jax.tree.leaves(shapes["mlp"])) == 3 * 8 * 24
+        assert sum(leaf.size for leaf in jax.tree.leaves(shapes)) == 3 * 8 * 24 + 2 * 8
+
+    def test_whole_models_have_equal_parameters(self):
+        config = get_config("compare_activations", "smoke")
+        models = [heldout.decoder(config, name) for name in CONTESTANTS]
+        shapes = [jax.eval_shape(model.init, jax.random.key(0)) for model in models]
+        assert len({sum(leaf.size for leaf in jax.tree.leaves(tree)) for tree in shapes}) == 1
+        logits = [model.logits(model.init(jax.random.key(0)), jnp.arange(8)[None]) for model in models]
+        assert len({float(value.std()) for value in logits}) == len(CONTESTANTS)
+
+    @pytest.mark.parametrize("name", CONTESTANTS)
+    def test_values_against_the_oracle(self, name):
+        activation, gated = ACTIVATION[name]
+        config = contestants.mlp_config(name, 8, 24)
+        mlp = contestants.mlp_class(name)(config, rngs=nnx.Rngs(0))
+        x = np.float32(3 * np.random.default_rng(0).standard_normal((64, 8)))
+        function = oracle.ACTIVATIONS[activation][0]
+        leaves = {"/".join(map(str, path)): np.float64(leaf[...]) for path, leaf in nnx.to_flat_state(nnx.state(mlp))}
+        if gated:
+            expected = function(x @ leaves["gate_proj"]) * (x @ leaves["up_proj"]) @ leaves["down_proj"]
+        else:
+            expected = function(x @ leaves["up_proj/kernel"]) @ leaves["down_proj/kernel"]
+        np.testing.assert_allclose(mlp(x), expected, rtol=0, atol=3e-6 * np.abs(expected).max())
+
+    def test_the_block_is_the_packages_own_around_any_feed_forward(self):
+        config = contestants.mlp_config("geglu_tanh", 8, 24)
+        block = contestants.Block(config, rngs=nnx.Rngs(0), mlp=gemma_mlp.nnx.MLP)
+        own = gemma_mlp.nnx.MLPBlock(config, rngs=nnx.Rngs(1))
+        nnx.update(own, nnx.state(block))
+        x = jax.random.normal(jax.random.key(0), (4, 8))
+        np.testing.assert_allclose(block(x), own(x), rtol=1e-6, atol=1e-6)
+        bare = contestants.Block(config, rngs=nnx.Rngs(0), mlp=gemma_mlp.nnx.MLP, norms=False, residual=False)
+        np.testing.assert_array_equal(bare(x), bare.mlp(x))
+        residual = contestants.Block(config, rngs=nnx.Rngs(0), mlp=gemma_mlp.nnx.MLP, norms=False)
+        np.testing.assert_array_equal(residual(x), x + residual.mlp(x))
+
+    @pytest.mark.parametrize("name", CONTESTANTS)
+    def test_unit_gain_keeps_the_variance(self, name):
+        config = contestants.mlp_config(name, 256, 1024)
+        mlp = contestants.mlp_class(name)(config, rngs=nnx.Rngs(0))
+        y = contestants.unit_gain(name) * mlp(jax.random.normal(jax.random.key(1), (512, 256)))
+        assert np.var(y) == pytest.approx(1, abs=0.08)
+
+    def test_an_odd_hidden_size_is_explained(self):
+        with pytest.raises(ValueError, match=r"hidden size is even.*Received: 5.*--config.hidden_dim"):
+            contestants.mlp_config("relu", 4, 5)
+
+
+def quadratic(params, batch):
+    return jnp.mean(jnp.square(batch["x"] @ params["layer"]["w"] - batch["y"]))
+
+
+def normal_batch(seed, step):
+    rng = np.random.default_rng([seed, step])
+    return {"x": np.float32(rng.standard_normal((16, 4))), "y": np.float32(rng.standard_normal((16, 2)))}
+
+
+def test_an_ensembles_member_is_a_run_of_the_training_scripts_loop():
+    def init(key):
+        return {"layer": {"w": jax.random.normal(key, (4, 2))}}
+
+    schedule = ensembles.Schedule(steps=30, warmup_fraction=0.1, weight_decay=0.1)
+    members = [Member(3, 1e-2), Member(5, 1e-2), Member(3, 1e-1)]
+    final = ensembles.Ensemble(init, quadratic, schedule).final(members, normal_batch).params
+    for i, (seed, rate) in enumerate(members):
+        optimizer = training.make_optimizer(rate, *schedule)
+        state = training.make_init(init, optimizer)(jax.random.key(seed))
+        step = jax.jit(training.make_train_step(quadratic, optimizer))
+        *_, (_, state, _) = training.optimise(step, state, lambda step, seed=seed: normal_batch(seed, step), 1, 30)
+        np.testing.assert_allclose(ensembles.member(final, i)["layer"]["w"], state.params["layer"]["w"], rtol=2e-5)
+
+
+def test_seeds_read_the_windows_that_the_training_script_would():
+    corpus = data.Corpus(train=np.arange(200, dtype=np.uint8), heldout=np.zeros(1, np.uint8))
+    batch = ensembles.text_batches(corpus, 8, 4)
+    for seed, step in ((0, 1), (5, 3), (0, 3)):
+        np.testing.assert_array_equal(batch(seed, step), data.training_batches(corpus.train, 8, 4, seed)[step - 1])
+    assert not np.array_equal(batch(0, 3), batch(5, 3))
+
+
+def test_members_are_divided_over_devices():
+    code = """
+import jax, numpy as np
+from compare_activations.ensembles import Ensemble, Member, Schedule
+def init(key): return {"w": jax.random.normal(key, (3,))}
+def loss(params, x): return ((params["w"] - x) ** 2).sum()
+ensemble = Ensemble(init, loss, Schedule(5, 0.2, 0.0))
+members = [Member(seed, 0.1) for seed in range(6)]
+params = ensemble.final(members, lambda seed, step: np.float32([seed, 0, step])).params
+assert len({shard.device for shard in params["w"].addressable_shards}) == 3
+print(np.asarray(params["w"]).tolist())
+"""
+    values = []
+    for devices in (1, 3):
+        flags = {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
+        paths = {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "scripts")])}
+        script = code.replace("== 3", f"== {devices}")
+        done = subprocess.run(
+            [sys.executable, "-c", script], check=True, capture_output=True, text=True, env=os.environ | flags | paths
+        )
+        values.append(json.loads(done.stdout))
+    np.testing.assert_allclose(*values, rtol=1e-6)
+
+
+class TestTuning:
+    def records(self, tmp_path, best):
+        """A contest whose score is the seed's own number, the contestant's, and the distance from its best rate."""
+        ledger = Ledger(tmp_path / "runs.jsonl", TestLedger.Bar())
+        asked = []
+        for offset, (name, rate) in enumerate(best.items()):
+
+            def evaluate(members, offset=offset, rate=rate):
+                asked.append([m.seed for m in members])
+                return [10 * m.seed + offset + abs(np.log2(m.learning_rate / rate)) for m in members]
+
+            rates = {"learning_rates": (1.0, 2.0, 4.0), "tuning_seeds": (7, 8), "seeds": (0, 1, 2)}
+            tuning.compare(evaluate, ledger, **rates, section="s", contestant=name)
+        return ledger.runs, asked
+
+    def test_rates_come_from_seeds_of_their_own_and_seeds_are_paired(self, tmp_path):
+        runs, asked = self.records(tmp_path, {"geglu_tanh": 2.0, "relu": 4.0})
+        assert asked == [[7, 8, 7, 8, 7, 8], [0, 1, 2]] * 2
+        first, second = tuning.rows(runs)
+        assert (first["learning_rate"], second["learning_rate"]) == (2.0, 4.0)
+        assert (first["mean"], second["mean"]) == (10.0, 11.0) and "difference" not in first
+        assert (second["difference"], second["difference_half"]) == (1.0, pytest.approx(0, abs=1e-12))
+
+    def test_a_rate_that_diverged_for_any_seed_is_out(self):
+        assert tuning.best_rate({"learning_rates": [1.0, 1.0, 2.0, 2.0], "scores": [5.0, 6.0, 1.0, None]}) == 1.0
+
+
+class TestApproximation:
+    def test_the_forms_in_float64(self):
+        measured = approximation.by_itself("float64")
+        assert measured["max"] == pytest.approx(4.73e-4, abs=5e-7) and abs(measured["at"]) == pytest.approx(
+            2.70, abs=0.01
+        )
+        x = np.linspace(-8, 8, 100_001)
+        gap = np.abs(oracle.ACTIVATIONS["gelu_tanh"][0](x) - oracle.ACTIVATIONS["gelu"][0](x))
+        density = np.exp(-(x**2) / 2) / np.sqrt(2 * np.pi)
+        assert measured["mean"] == pytest.approx(np.trapezoid(gap, x) / 16, rel=1e-3)
+        assert measured["normal_mean"] == pytest.approx(np.trapezoid(gap * density, x), rel=1e-3)
+
+    def test_the_forms_in_bfloat16_differ_by_a_rounding_step_more_at_most(self):
+        x, difference = approximation.differences("bfloat16")
+        assert len(np.unique(x)) == len(x) > 3000 and np.array_equal(x, np.asarray(x, jnp.bfloat16).astype(float))
+        gelu = np.asarray(oracle.ACTIVATIONS["gelu"][0](x), jnp.bfloat16).astype(float)
+        step = 2.0 ** (np.floor(np.log2(np.maximum(np.abs(gelu), 1e-30))) - 7)
+        assert (np.abs(difference) <= 4.74e-4 + step).all()
+        measured = approximation.by_itself("bfloat16")
+        assert measured["max"] == 2**-6 and 0.05 < measured["share_of_normal_that_differs"] < 0.15
+
+    def test_in_a_layer(self, smoke):
+        layers = [run for run in tables(smoke[0])["approximation"] if run["part"] == "layer"]
+        exact, rounded = sorted(layers, key=lambda run: run["rounding"])
+        assert exact["rounding"] == 0 and 1e-4 < exact["forms"] < 4e-4  # of the same order as 8.5e-5 / E[gelu^2]^0.5
+        assert 2e-3 < rounded["rounding"] < 3e-3 and rounded["forms"] < 3e-3
+
+    def test_in_a_model(self, smoke):
+        (model,) = (run for run in tables(smoke[0])["approximation"] if run["part"] == "model")
+        assert 0 < abs(model["difference"]) <= model["largest"] < 1e-3

@@ -1,0 +1,109 @@
+"""scripts/convert.py: from any form to any other, and back."""
+
+import convert
+import jax
+import numpy as np
+import pytest
+from absl import flags
+from absl.testing import flagsaver
+
+from gemma_mlp import MLPConfig, checkpoint, layouts
+from tests.checkpoint.test_huggingface import load, others, write
+from tests.support.by_hand import CONFIG, GEMMA1, LAYERS, D, F, arrays, equal, huggingface, params
+
+pytestmark = pytest.mark.promotes  # Orbax relies on it
+ORBAX = [f"--embed_dim={D}", f"--hidden_dim={F}"]
+
+
+def run(*arguments):
+    with flagsaver.flagsaver():
+        flags.FLAGS(["convert", *map(str, arguments)])
+        convert.main(["convert"])
+
+
+@pytest.mark.parametrize("name", [name for name in layouts.LAYOUTS if name not in ("huggingface", "t5x")])
+def test_there_and_back(tmp_path, capsys, name):
+    source = write(tmp_path / "source", arrays(), shards=3)
+    run(f"--source={source}", f"--target={tmp_path / 'c'}", f"--to={name}", "--transpose_gating_einsum")
+    out = capsys.readouterr()
+    assert f"for {LAYERS} layers, 0.0 MiB" in out.out
+    assert "read back and the same, bit for bit" in out.out
+    assert "reading: 100%" in out.err
+    assert "verifying: 100%" in out.err
+    got = checkpoint.read_orbax(tmp_path / "c", CONFIG, dtype="bfloat16")
+    assert equal(got, params(arrays()))
+    target = write(tmp_path / "target", arrays()[::-1])  # of which the blocks are replaced
+    run(f"--source={tmp_path / 'c'}", *ORBAX, f"--target={target}", "--to=huggingface", "--dtype=bfloat16")
+    assert equal(
+        {name: np.asarray(array) for name, array in load(target).items()}, huggingface(arrays()) | others(LAYERS)
+    )
+
+
+def test_gemma_1_by_t5x_and_a_new_hugging_face_folder(tmp_path):
+    checkpoint.write_huggingface(tmp_path / "a", params(arrays(GEMMA1)), GEMMA1)
+    run(f"--source={tmp_path / 'a'}", f"--target={tmp_path / 'b'}", "--to=t5x")
+    back = [f"--source={tmp_path / 'b'}", *ORBAX, "--nopost_norm", "--dtype=bfloat16"]
+    run(*back, f"--target={tmp_path / 'c'}", "--to=huggingface")
+    assert equal(checkpoint.read_huggingface(tmp_path / "c"), params(arrays(GEMMA1)))
+
+
+@pytest.mark.parametrize("transpose", [False, True])
+def test_an_orientation_that_shapes_do_not_tell_is_asked_for(tmp_path, transpose):
+    config = MLPConfig(D, D, post_norm=False)
+    layers = params(arrays(config))
+    layout = layouts.deepmind_flat(config, transpose_gating_einsum=transpose)
+    checkpoint.write_orbax(tmp_path / "a", layers, layout)
+    source = [f"--source={tmp_path / 'a'}", f"--embed_dim={D}", f"--hidden_dim={D}", "--nopost_norm"]
+    target = [f"--target={tmp_path / 'b'}", "--to=huggingface"]
+    with pytest.raises(SystemExit, match="decides its orientation"):
+        run(*source, *target)
+    said = f"--source_transpose_gating_einsum={str(transpose).lower()}"
+    run(*source, *target, "--from=deepmind_flat", said)
+    assert equal(checkpoint.read_huggingface(tmp_path / "b"), layers)
+
+
+def test_norms_are_rounded_only_on_request(tmp_path, capsys):
+    layers = params(arrays(dtype=np.float32))
+    layers = [jax.tree.map(lambda leaf: leaf * 1.001, layer) for layer in layers]
+    checkpoint.write_huggingface(tmp_path / "a", layers, CONFIG)
+    arguments = [f"--source={tmp_path / 'a'}", f"--target={tmp_path / 'b'}", "--to=maxtext"]
+    with pytest.raises(SystemExit, match=r"stores 1 \+ w.*round_norms"):
+        run(*arguments)
+    assert not (tmp_path / "b").exists()
+    run(*arguments, "--round_norms")
+    assert (tmp_path / "b").exists()
+
+
+def test_a_dry_run_writes_nothing(tmp_path, capsys):
+    source = write(tmp_path / "source", arrays())
+    run(f"--source={source}", f"--target={tmp_path / 'c'}", "--to=gemma_mlp", "--dry_run", "--dtype=float32")
+    out = capsys.readouterr().out
+    assert "layers_0/mlp/gate_proj    float32   [4, 6]" in out
+    assert "Dry run: nothing is written." in out
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["source"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--source=absent", "--target=new", "--to=tunix"], "An Orbax checkpoint does not tell its model"),
+        (["--source=absent", *ORBAX, "--target=new", "--to=tunix"], "absent is an Orbax checkpoint"),
+        (["--source=source", "--target=source", "--to=tunix"], "The target is new"),
+        (["--source=source", "--target=new", "--to=deepmind"], "one of 2 orientations"),
+        (["--source=source", "--target=new", "--to=t5x"], "The layout has a place for"),
+    ],
+)
+def test_errors_are_one_line(tmp_path, monkeypatch, arguments, message):
+    write(tmp_path / "source", arrays())
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit, match=message):
+        run(*arguments)
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_target_that_reads_back_otherwise_is_reported(tmp_path, monkeypatch):
+    source = write(tmp_path / "source", arrays())
+    write_ = checkpoint.write_orbax
+    monkeypatch.setattr(checkpoint, "write_orbax", lambda path, params, layout: write_(path, params[::-1], layout))
+    with pytest.raises(SystemExit, match="What is read back is what was written"):
+        run(f"--source={source}", f"--target={tmp_path / 'c'}", "--to=tunix")

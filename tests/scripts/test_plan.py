@@ -1,0 +1,234 @@
+"""The planner's arithmetic, and a plan that this machine's compiler makes; tests/aot has those of the chips' own."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import meshes
+import pytest
+from plan import attempts, chips, search
+from plan.stack import LAYERS, SAVES, Case, build
+
+from gemma_mlp.aot.hlo import Collective
+
+ROOT = Path(__file__).parents[2]
+GIB = 2**30
+
+
+def case(preset="gemma2_27b", program="train", mesh=(1, 16, 16), tokens=8192, save="input", sequence_parallel=True):
+    return Case(preset, program, mesh, tokens, save, sequence_parallel)
+
+
+class TestChips:
+    def test_targets(self):
+        assert chips.parse("v5e:16x16") == (chips.CHIPS["v5e"], 256, "tpu v5e:16x16")
+        assert chips.parse("v5p:8x8x8") == (chips.CHIPS["v5p"], 512, "tpu v5p:8x8x8")
+        assert chips.parse("h200:16") == (chips.CHIPS["h200"], 16, "h200:16")
+
+    @pytest.mark.parametrize("target", ["v5e", "tpu v5e:2x2", "h100:8", "v5e:2x", "v5e:0x2", ""])
+    def test_an_unknown_target_is_explained(self, target):
+        with pytest.raises(ValueError, match=r"A target is a chip, of v5e, v5p, v6e, h200, and a topology. Received: "):
+            chips.parse(target)
+
+    def test_figures(self):
+        """TFLOP/s, GB/s of memory and GB/s sent, as the makers print them; memory below what they print."""
+        figures = {name: (c.flops / 1e12, c.hbm_speed / 1e9, c.link_speed / 1e9) for name, c in chips.CHIPS.items()}
+        assert figures == {
+            "v5e": (197, 819, 400 / 2),
+            "v5p": (459, 2765, 1200 / 2),
+            "v6e": (918, 1640, 800 / 2),
+            "h200": (1979 / 2, 4800, 900 / 2),
+        }
+        printed = {"v5e": 16 * GIB, "v5p": 96 * GIB, "v6e": 32 * GIB, "h200": 141e9}
+        assert all(0.97 * size < chips.CHIPS[name].hbm_bytes <= size for name, size in printed.items())
+
+    @pytest.mark.parametrize(
+        ("groups", "speed"),
+        [
+            (((0, 1, 7), (8, 15)), 450e9),  # of one host each
+            (((0, 8),), 50e9),  # each over its own card
+            (((0, 1, 8, 9),), 100e9),  # over two cards of each host
+            ((tuple(range(16)),), 400e9),
+        ],
+    )
+    def test_hosts_of_h200s_are_joined_by_their_network(self, groups, speed):
+        assert chips.CHIPS["h200"].speed_within(groups) == speed
+        assert chips.CHIPS["v5e"].speed_within(groups) == 200e9
+
+
+def test_layers_and_flops():
+    """Layers of the Gemma 2 report, table 1; 6 FLOPs a parameter and token in training, and what is done again."""
+    assert (LAYERS["gemma2_2b"], LAYERS["gemma2_9b"], LAYERS["gemma2_27b"]) == (26, 42, 46)
+    parameters = 509_607_936 * 46
+    for save, again in {"gate_up": 0, "input": 2 / 3, "block": 5 / 3}.items():
+        assert case(save=save).flops() == pytest.approx((6 + 2 * again) * parameters * 16 * 8192 / 256)
+    assert case(program="forward", mesh=(2, 4, 1)).flops() == 2 * parameters * 8192
+    assert list(SAVES) == ["block", "input", "gate_up"]  # leanest first, as the search takes them
+
+
+def count_products(jaxpr):
+    """The dot_generals that a TPU runs of a layer: loops once, of a choice by platform the last branch."""
+    found = 0
+    for equation in jaxpr.eqns:
+        inner = [getattr(each, "jaxpr", each) for each in jax.tree.leaves(list(equation.params.values()))]
+        inner = [each for each in inner if hasattr(each, "eqns")]
+        found += (equation.primitive.name == "dot_general") + sum(
+            map(count_products, inner[-1:] if equation.primitive.name == "cond" else inner)
+        )
+    return found
+
+
+@pytest.mark.promotes  # optax does
+@pytest.mark.parametrize("save", SAVES)
+def test_a_step_has_the_products_that_are_counted(save):
+    mesh = jax.make_mesh((1, 1, 1), meshes.AXES, (jax.sharding.AxisType.Auto,) * 3, devices=jax.devices("cpu")[:1])
+    for program, products in {"train": SAVES[save].products, "forward": 3}.items():
+        step, arguments, _ = build(case("gemma3_270m", program, (1, 1, 1), 64, save), mesh)
+        assert count_products(jax.make_jaxpr(step)(*arguments).jaxpr) == products
+
+
+class TestTransfers:
+    @pytest.mark.parametrize(
+        ("groups", "axes"),
+        [
+            (((0, 1, 2), (3, 4, 5)), "tensor"),
+            (((0, 3), (1, 4)), "fsdp"),
+            (((0, 6), (1, 7)), "data"),
+            (((0, 1, 2, 3, 4, 5),), "fsdp, tensor"),
+            (((0, 6), (6, 0), (3, 9), (9, 3)), "data"),
+            (((0, 1), (1, 2), (2, 0)), "tensor"),
+            (((0, 1), (2, 5)), "fsdp, tensor"),
+            ((tuple(range(12)),), "data, fsdp, tensor"),
+        ],
+    )
+    def test_axes(self, groups, axes):
+        assert attempts.axes_of(groups, (2, 2, 3)) == axes
+
+    def test_sums(self):
+        ring = ((0, 1), (1, 0))
+        found = [
+            Collective("all-reduce", 8, ((0, 2), (1, 3)), 5),
+            Collective("collective-permute", 100, ring, 3),
+            Collective("collective-permute", 10, ring, None),
+        ]
+        permutes = {"kind": "collective-permute", "axes": "tensor", "runs": 4, "result_bytes": 310, "sent_bytes": 310}
+        sums = {"kind": "all-reduce", "axes": "fsdp", "runs": 5, "result_bytes": 40, "sent_bytes": 40}
+        assert attempts.transfers(found, (1, 2, 2)) == [permutes | {"at_least": True}, sums | {"at_least": False}]
+
+
+def test_what_a_program_too_large_needs():
+    """libtpu 0.0.52's own words; any other error is passed on."""
+    message = (
+        "RESOURCE_EXHAUSTED: the total memory required for HLO temporaries (17.53G) exceeds available HBM (15.75G)."
+    )
+    assert attempts.needed_bytes(jax.errors.JaxRuntimeError(message)) == 17.53 * GIB
+    for other in ("INTERNAL: total memory required (1.00G)", "RESOURCE_EXHAUSTED: of something else"):
+        with pytest.raises(jax.errors.JaxRuntimeError, match=other.partition("(")[0]):
+            attempts.needed_bytes(jax.errors.JaxRuntimeError(other))
+
+
+class TestSearch:
+    def test_meshes_divide_the_sizes(self):
+        found = search.meshes(8, "gemma2_2b", 8192)
+        assert len(found) == len(set(found)) == 10 and (1, 8, 1) in found and found[-1] == (1, 1, 8)
+        assert max(fsdp for _, fsdp, _ in search.meshes(512, "gemma2_2b", 8192)) == 256  # 2304 = 9 * 256
+        assert max(tensor for *_, tensor in search.meshes(8, "gemma2_2b", 2)) == 2
+
+    def test_cases(self):
+        ladders = search.cases([(1, 8, 1), (1, 4, 2)], "gemma2_2b", "train", 64)
+        assert [(ladder[0].mesh, ladder[0].sequence_parallel) for ladder in ladders] == [
+            ((1, 8, 1), False),
+            ((1, 4, 2), True),
+            ((1, 4, 2), False),
+        ]
+        assert all([each.save for each in ladder] == ["block", "input", "gate_up"] for ladder in ladders)
+        assert [len(ladder) for ladder in search.cases([(1, 8, 1)], "gemma2_2b", "forward", 64)] == [1]
+
+    def test_what_keeps_more_than_does_not_fit_is_skipped(self):
+        tried = []
+
+        def attempt(each):
+            tried.append(each.save)
+            return {"case": str(each), "fits": each.save == "block", "needed_bytes": 1}
+
+        rows = list(search.search(search.cases([(1, 8, 1)], "gemma2_2b", "train", 64), attempt))
+        assert tried == ["block", "input"]
+        assert rows[2]["skipped"] == "save=input does not fit already" and not rows[2]["fits"]
+
+    def test_ranking(self):
+        speeds = {"slow": (100, 1), "large": (2001, 9), "small": (2000, 3), "too large": (9000, 99)}
+        rows = [
+            {"case": name, "fits": name != "too large", "roofline_tokens_per_second": speed, "needed_bytes": size}
+            for name, (speed, size) in speeds.items()
+        ]
+        assert [row["case"] for row in search.ranked(rows)] == ["small", "large", "slow"]
+
+    def test_nothing_fits(self):
+        rows = [
+            {"case": "mesh=a", "fits": False, "needed_bytes": 20 * GIB},
+            {"case": "mesh=b", "fits": False, "needed_bytes": 17.5 * GIB},
+            {"case": "mesh=c", "fits": False, "skipped": "save=block does not fit already"},
+        ]
+        assert search.nothing_fits(rows, "v5e:2x2", 15.75 * GIB).startswith(
+            "Nothing fits v5e:2x2: of 15.75 GiB a chip, at least 17.50 GiB are needed, by mesh=b. Fix: more chips"
+        )
+
+    def test_a_mesh_in_words(self):
+        assert meshes.parse("data=2,fsdp=16,tensor=8") == (2, 16, 8)
+        assert meshes.parse("tensor=8, fsdp=16") == (1, 16, 8)
+        for text in ("", "8", "data=0,fsdp=1", "fsdp=-8", "fsdp=2,fsdp=4", "fsdp=2,rows=4"):
+            with pytest.raises(ValueError, match=r"A mesh is of the form data=1,fsdp=2,tensor=4\. Received: "):
+                meshes.parse(text)
+
+
+class TestByThisMachinesCompiler:
+    """Gemma 3 270M, D = 640, F = 2048, 18 layers, on eight devices that stand for a chip."""
+
+    CHIP = chips.Chip(hbm_bytes=GIB, flops=1e12, hbm_speed=1e12, link_speed=1e9)
+
+    def attempt(self, chip=CHIP, **options):
+        return attempts.attempt(case("gemma3_270m", mesh=(2, 2, 2), tokens=16, **options), chip, "cpu")
+
+    @pytest.mark.promotes  # optax does
+    def test_a_training_step(self):
+        row = self.attempt()
+        assert row["mesh"] == dict(zip(meshes.AXES, (2, 2, 2))) and row["layers"] == 18 and row["tokens"] == 4 * 16
+        weights, norms = 18 * 3 * 640 * 2048 // 4, 18 * 2 * 640 // 2  # weights over fsdp and tensor, norms over fsdp
+        state = 3 * 4 * (weights + norms) + 4  # parameters and AdamW's two moments in float32, and its count
+        assert row["bytes"]["arguments"] == state + 16 * 640 * 2 // 2  # a row's sequence, its length over tensor
+        assert 4 <= row["bytes"]["results"] <= 256  # the loss and a table of results; the state takes what is donated
+        assert row["needed_bytes"] == sum(row["bytes"][name] for name in ("arguments", "results", "temporary"))
+        assert row["flops"] == 11 * 2 * 640 * 2048 * 18 * 16 // 2
+        seconds = row["roofline_seconds"]
+        assert seconds["FLOPs"] == row["flops"] / 1e12
+        assert seconds["links"] == pytest.approx(sum(each["sent_bytes"] for each in row["transfers"]) / 1e9)
+        assert row["bound"] == "links" and row["roofline_tokens_per_second"] == 64 / seconds["links"]
+        assert row["fits"] and not any(each["at_least"] for each in row["transfers"])
+        sent = {}
+        for each in row["transfers"]:
+            sent[each["axes"]] = sent.get(each["axes"], 0) + each["sent_bytes"]
+        # Of every weight's gradient a chip has a part, whose sum over the two rows of data is sent once at least.
+        assert sent["data"] >= 4 * weights / 2 and sent["fsdp"] > 0 and sent["tensor"] > 0
+
+    def test_what_does_not_fit(self):
+        row = self.attempt(chip=chips.Chip(hbm_bytes=2**20, flops=1, hbm_speed=1, link_speed=1), program="forward")
+        assert not row["fits"] and row["needed_bytes"] > 2**20
+
+    def test_a_mesh_that_does_not_divide_is_explained(self):
+        with pytest.raises(ValueError, match="A split axis is a multiple of the devices"):
+            attempts.attempt(case("gemma3_270m", mesh=(1, 1, 8), tokens=12), self.CHIP, "cpu")
+
+
+@pytest.mark.parametrize(
+    ("flag", "message"),
+    [
+        ("--config.save=all", "save is one of block, input, gate_up. Received: 'all'"),
+        ("--config.mesh=data=1,fsdp=2,tensor=2", "A mesh of v5e:16x16 has 256 devices. Received: 1 x 2 x 2"),
+    ],
+)
+def test_the_commands_errors(flag, message, tmp_path):
+    command = [sys.executable, str(ROOT / "scripts" / "plan.py"), flag, f"--config.workdir={tmp_path}"]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"JAX_PLATFORMS": "cpu"})
+    assert done.returncode != 0 and message in done.stderr
