@@ -22,8 +22,7 @@ from plan.search import cases, meshes, nothing_fits, ranked, search
 from plan.stack import LAYERS, PROGRAMS, SAVES, Case
 from tqdm import tqdm
 
-from gemma_mlp.checks import require
-from gemma_mlp.config import positive_int, require_choice
+from gemma_mlp.checks import positive_int, require, require_choice
 
 CONFIG = config_flags.DEFINE_config_file(
     "config",

@@ -12,7 +12,7 @@ import optax
 from jax.sharding import Mesh
 
 from gemma_mlp import PRESETS, MLPBlockParams, MLPConfig, mlp_block, sharding
-from gemma_mlp.params import ParamSpec
+from gemma_mlp.params import LeafSpec
 
 PROGRAMS = ("train", "forward")
 
@@ -95,16 +95,16 @@ def build(case: Case, mesh: Mesh) -> tuple[Callable, tuple[Any, ...], tuple[int,
     """
     config = case.config
     stacked = jax.tree.map(
-        lambda spec: ParamSpec((LAYERS[case.preset], *spec.shape), ("layers", *spec.axes), spec.init),
+        lambda spec: LeafSpec((LAYERS[case.preset], *spec.shape), ("layers", *spec.axes), spec.init),
         MLPBlockParams.specs(config),
-        is_leaf=lambda leaf: isinstance(leaf, ParamSpec),
+        is_leaf=lambda leaf: isinstance(leaf, LeafSpec),
     )
     shardings = sharding.named_shardings(stacked, mesh, (*case.rules, ("layers", None)))
     params: Any = jax.tree.map(
         lambda spec, place: jax.ShapeDtypeStruct(spec.shape, config.param_dtype, sharding=place),
         stacked,
         shardings,
-        is_leaf=lambda leaf: isinstance(leaf, ParamSpec),
+        is_leaf=lambda leaf: isinstance(leaf, LeafSpec),
     )
     shape = (case.all_tokens // case.tokens, case.tokens, config.embed_dim)
     x = jax.ShapeDtypeStruct(shape, config.dtype, sharding=sharding.activation_sharding(shape, mesh, case.rules))

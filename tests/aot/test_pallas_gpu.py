@@ -38,15 +38,15 @@ def keeps(tokens):
 def compile_all():
     import jax
 
-    from gemma_mlp.op import gpu
+    from gemma_mlp.op import gpu_kernels
 
     for kernel, T, D, F, activation in CASES:
         print(START, flush=True)
         if kernel == "hidden":
-            shapes, options, donated = ((T, D), (D, F), (D, F)), {"keep": keeps(T)}, ()
+            shapes, options, donated = ((T, D), (D, F), (D, F)), {"save": keeps(T)}, ()
         else:
             shapes, options, donated = ((T, D), (F, D), (T, F), (T, F)), {}, (2, 3)
-        results = functools.partial(getattr(gpu, kernel), activation=activation, **options)
+        results = functools.partial(getattr(gpu_kernels, kernel), activation=activation, **options)
 
         def h_last(*args):
             """As JAX gives the places of gate and up, donated, to the first results."""
