@@ -12,8 +12,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from gemma_mlp import checkpoint
-from tests.checkpoint.test_huggingface import SETTINGS, load, save, write
 from tests.support.by_hand import LAYERS, D, F, arrays, huggingface
+from tests.support.huggingface_folder import SETTINGS, load, save, write
 
 GATE, NORM = "model.layers.1.mlp.gate_proj.weight", "model.layers.1.pre_feedforward_layernorm.weight"
 INDEX = "model.safetensors.index.json"
@@ -244,7 +244,7 @@ def whole(tmp_path_factory):
     return folder, (folder / "model.safetensors").read_bytes()
 
 
-FUZZ = settings(max_examples=300, deadline=2000, suppress_health_check=[HealthCheck.too_slow], derandomize=True)
+FUZZ = settings(deadline=2000, suppress_health_check=[HealthCheck.too_slow], derandomize=True)
 NAMES = st.sampled_from([*huggingface(arrays(layers=1)), "model.norm.weight", "", "__metadata__"])
 SIZES = st.one_of(st.integers(-2, 100), st.sampled_from([2**31, 2**32, 2**63, 2**64, -(2**63), 1.5, None, "4"]))
 ENTRIES = st.fixed_dictionaries(

@@ -3,6 +3,7 @@
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -12,9 +13,23 @@ import orbax.checkpoint as ocp
 import pytest
 
 from gemma_mlp import checkpoint, layouts
-from tests.checkpoint.test_mesh import ROOT
-from tests.layouts.test_layouts import TREES, layer_dicts
-from tests.support.by_hand import CONFIG, LAYERS, D, F, arrays, deepmind_flat, equal, flax_nnx, huggingface, params
+from tests.support.by_hand import (
+    CONFIG,
+    LAYERS,
+    TREES,
+    D,
+    F,
+    arrays,
+    deepmind_flat,
+    equal,
+    flax_nnx,
+    huggingface,
+    layer_dicts,
+    params,
+)
+from tests.support.selection import slow_except
+
+ROOT = Path(__file__).parents[2]
 
 pytestmark = pytest.mark.promotes  # Orbax relies on it
 
@@ -28,7 +43,7 @@ def save(path, tree):
 ORBAX = [name for name in TREES if not name.startswith("huggingface")]
 
 
-@pytest.mark.parametrize("name", ORBAX)
+@pytest.mark.parametrize("name", slow_except(["deepmind_flat", "maxtext, pairs", "gemma_mlp, stacked"], ORBAX))
 def test_reads_what_orbax_saved(tmp_path, name):
     _, by_hand, config = TREES[name]
     other = {"embedder": {"input_embedding": np.zeros((3, D), np.float32)}, "step": np.int32(7)}
@@ -40,7 +55,7 @@ def test_reads_what_orbax_saved(tmp_path, name):
     assert equal(cast, layouts.stack(jax.tree.map(lambda leaf: leaf.astype("float32"), [expected[2], expected[4]])))
 
 
-@pytest.mark.parametrize("name", ORBAX)
+@pytest.mark.parametrize("name", slow_except(["deepmind_stacked", "maxtext", "tunix"], ORBAX))
 def test_writes_what_orbax_restores(tmp_path, name):
     layout, by_hand, config = TREES[name]
     checkpoint.write_orbax(tmp_path / "c", params(arrays(config)), layout)

@@ -1,6 +1,7 @@
 """Conversions of trees, against trees of each library written out by hand."""
 
 import dataclasses
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +19,7 @@ from tests.support.by_hand import (
     GEMMA1,
     LAYERS,
     SQUARE,
+    TREES,
     D,
     F,
     arrays,
@@ -28,56 +30,23 @@ from tests.support.by_hand import (
     flax_nnx,
     huggingface,
     huggingface_gemma1,
+    layer_dicts,
     maxtext,
-    maxtext_fused_unscanned,
-    maxtext_pairs,
-    ours,
-    ours_stacked,
     params,
-    t5x,
+)
+from tests.support.selection import slow_except
+
+MAKERS = {"numpy": np.asarray, "jax": jnp.asarray}
+CASES = slow_except(
+    [*((name, "numpy") for name in TREES), ("huggingface", "jax"), ("deepmind_stacked", "jax"), ("maxtext", "jax")],
+    itertools.product(TREES, MAKERS),
 )
 
-TREES = {  # name: (layout, the tree written by hand, config)
-    "huggingface": (layouts.huggingface(CONFIG), huggingface, CONFIG),
-    "huggingface, Gemma 1": (layouts.huggingface(GEMMA1), huggingface_gemma1, GEMMA1),
-    "deepmind": (layouts.deepmind(CONFIG, transpose_gating_einsum=False), lambda a: deepmind(a, False), CONFIG),
-    "deepmind, transposed": (
-        layouts.deepmind(CONFIG, transpose_gating_einsum=True),
-        lambda a: deepmind(a, True),
-        CONFIG,
-    ),
-    "deepmind_flat": (
-        layouts.deepmind_flat(CONFIG, transpose_gating_einsum=True),
-        lambda a: deepmind_flat(a, True),
-        CONFIG,
-    ),
-    "deepmind_stacked": (
-        layouts.deepmind_stacked(CONFIG, attention_types=2, transpose_gating_einsum=False),
-        lambda a: deepmind_stacked(a, False),
-        CONFIG,
-    ),
-    "maxtext": (layouts.maxtext(CONFIG), maxtext, CONFIG),
-    "maxtext, pairs": (layouts.maxtext(CONFIG, groups=("_local", "_global")), maxtext_pairs, CONFIG),
-    "maxtext, fused": (layouts.maxtext(CONFIG, fused=True, scanned=False), maxtext_fused_unscanned, CONFIG),
-    "t5x": (layouts.t5x(GEMMA1), t5x, GEMMA1),
-    "tunix": (layouts.tunix(CONFIG), flax_nnx, CONFIG),
-    "gemma_mlp": (layouts.gemma_mlp(CONFIG), ours, CONFIG),
-    "gemma_mlp, stacked": (layouts.gemma_mlp(CONFIG, stacked=True), ours_stacked, CONFIG),
-}
 
-
-def layer_dicts(layers, name):
-    """What is expected from a tree of the library: norms that were stored as 1 + w come in float32."""
-    wide = {"pre_norm", "post_norm"} if name.startswith(("maxtext", "t5x")) else set()
-    return [
-        {leaf: array.astype(np.float32) if leaf in wide else array for leaf, array in layer.items()} for layer in layers
-    ]
-
-
-@pytest.mark.parametrize("make", [np.asarray, jnp.asarray], ids=["numpy", "jax"])
-@pytest.mark.parametrize("name", TREES)
-def test_from_a_tree(name, make):
-    layout, by_hand, config = TREES[name]
+@pytest.mark.parametrize("case", CASES, ids=", ".join)
+def test_from_a_tree(case):
+    name, array = case
+    (layout, by_hand, config), make = TREES[name], MAKERS[array]
     layers = arrays(config)
     got = layouts.from_tree(jax.tree.map(make, by_hand(layers)), layout)
     assert len(got) == LAYERS
@@ -85,12 +54,12 @@ def test_from_a_tree(name, make):
     assert all(isinstance(leaf, np.ndarray if make is np.asarray else jax.Array) for leaf in jax.tree.leaves(got))
 
 
-@pytest.mark.parametrize("name", TREES)
-def test_to_a_tree(name):
+@pytest.mark.parametrize("case", CASES, ids=", ".join)
+def test_to_a_tree(case):
+    name, array = case
     layout, by_hand, config = TREES[name]
     layers = arrays(config)
-    for make in (np.asarray, jnp.asarray):
-        assert equal(layouts.to_tree(params(layers, make), layout), by_hand(layers))
+    assert equal(layouts.to_tree(params(layers, MAKERS[array]), layout), by_hand(layers))
 
 
 @pytest.mark.parametrize("name", TREES)

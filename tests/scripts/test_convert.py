@@ -8,8 +8,9 @@ from absl import flags
 from absl.testing import flagsaver
 
 from gemma_mlp import MLPConfig, checkpoint, layouts
-from tests.checkpoint.test_huggingface import load, others, write
 from tests.support.by_hand import CONFIG, GEMMA1, LAYERS, D, F, arrays, equal, huggingface, params
+from tests.support.huggingface_folder import load, others, write
+from tests.support.selection import slow_except
 
 pytestmark = pytest.mark.promotes  # Orbax relies on it
 ORBAX = [f"--embed_dim={D}", f"--hidden_dim={F}"]
@@ -21,7 +22,10 @@ def run(*arguments):
         convert.main(["convert"])
 
 
-@pytest.mark.parametrize("name", [name for name in layouts.LAYOUTS if name not in ("huggingface", "t5x")])
+FULL = [name for name in layouts.LAYOUTS if name not in ("huggingface", "t5x")]  # those of a whole Gemma 2 in Orbax
+
+
+@pytest.mark.parametrize("name", slow_except(["deepmind_stacked", "maxtext", "tunix"], FULL))
 def test_there_and_back(tmp_path, capsys, name):
     source = write(tmp_path / "source", arrays(), shards=3)
     run(f"--source={source}", f"--target={tmp_path / 'c'}", f"--to={name}", "--transpose_gating_einsum")

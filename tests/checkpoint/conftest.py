@@ -1,0 +1,9 @@
+"""Hypothesis makes up 30 examples for a test in the quick run, and 300 where slow tests are selected too."""
+
+from hypothesis import settings
+
+
+def pytest_configure(config):
+    settings.register_profile("quick", max_examples=30)
+    settings.register_profile("full", max_examples=300)
+    settings.load_profile("quick" if "not slow" in config.option.markexpr else "full")
