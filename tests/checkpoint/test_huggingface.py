@@ -40,9 +40,9 @@ def test_casts(tmp_path):
     assert {leaf.dtype.name for leaf in jax.tree.leaves(got)} == {"bfloat16"}
     assert got.mlp.gate_proj[0, 0, 0] == 1
     assert equal(checkpoint.read_huggingface(folder), params(layers))
-    with pytest.raises(ValueError, match="float64 needs JAX's 64-bit mode"):
+    with pytest.raises(ValueError, match="64-bit mode"):
         checkpoint.read_huggingface(folder, dtype="float64")
-    with pytest.raises(ValueError, match="dtype is not float16"):
+    with pytest.raises(ValueError, match="float16: its largest number"):
         checkpoint.read_huggingface(folder, dtype="float16")
 
 
@@ -147,10 +147,10 @@ def test_an_update_that_does_not_fit_changes_nothing(tmp_path):
     nan = jax.tree.map(lambda leaf: leaf.at[0].set(jnp.nan), good[0])
     wide = jax.tree.map(lambda leaf: leaf.astype("float32"), good[0])
     for bad, layers, message in (
-        (good[:2], None, "parameters for 5 layers. Received: for 2"),
-        ([wide], [0], r"model\.layers\.0\..* is bfloat16. Received: float32.*astype"),
-        ([nan], [0], "of layer 0 is finite"),
-        ([layouts.stack(good)], [0], "Every layer has the shapes"),
+        (good[:2], None, r"parameters for 5 layers\. \w+: parameters for 2"),
+        ([wide], [0], r"model\.layers\.0\..* must be bfloat16.*\. \w+: float32.*astype"),
+        ([nan], [0], "of layer 0 must be finite"),
+        ([layouts.stack(good)], [0], "Every layer must have the shapes"),
         ([good[0]], [5], "layers 0 to 4"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -234,7 +234,7 @@ def test_a_new_folder(tmp_path, post_norm, shard_bytes):
     assert checkpoint.read_config(tmp_path / "new") == (config, LAYERS)
     assert equal(checkpoint.read_huggingface(tmp_path / "new"), params(layers))
     assert len(list((tmp_path / "new").glob("*.safetensors"))) == (1 if shard_bytes > 500 else 2)
-    with pytest.raises(ValueError, match="written to a new folder"):
+    with pytest.raises(ValueError, match="must be written to a new folder"):
         checkpoint.write_huggingface(tmp_path / "new", params(layers), config)
 
 
@@ -278,18 +278,18 @@ def test_config(tmp_path, name):
     [
         (
             {"model_type": "llama"},
-            "model_type in .*config.json is one of gemma, gemma2, gemma3_text. Received: 'llama'",
+            r"model_type in .*config.json .* one of gemma, gemma2, gemma3_text. \w+: 'llama'",
         ),
-        ({"model_type": None}, "Received: None"),
-        ({"model_type": "gemma3"}, "has a text_config"),
-        ({"hidden_activation": "gelu_new"}, "hidden_activation, or else hidden_act, in .*Received: 'gelu_new'"),
-        ({"hidden_activation": None}, "hidden_activation.*Received: None"),
-        ({"hidden_activation": ["gelu"]}, r"Received: \['gelu'\]"),
-        ({"hidden_size": "64"}, "config.json: embed_dim is a whole number.*Received: '64'"),
-        ({"intermediate_size": 0}, "config.json: hidden_dim is a whole number"),
-        ({"num_hidden_layers": -1}, "config.json: num_hidden_layers is a whole number"),
-        ({"num_hidden_layers": 2.5}, "num_hidden_layers is a whole number"),
-        ({"rms_norm_eps": "small"}, "norm_eps is a positive finite number. Received: 'small'"),
+        ({"model_type": None}, r"\w+: None"),
+        ({"model_type": "gemma3"}, "must have a text_config"),
+        ({"hidden_activation": "gelu_new"}, r"hidden_activation, or else hidden_act, in .*\w+: 'gelu_new'"),
+        ({"hidden_activation": None}, r"hidden_activation.*\w+: None"),
+        ({"hidden_activation": ["gelu"]}, r"\w+: \['gelu'\]"),
+        ({"hidden_size": "64"}, r"config.json: embed_dim .* a whole number.*\w+: '64'"),
+        ({"intermediate_size": 0}, "config.json: hidden_dim .* a whole number"),
+        ({"num_hidden_layers": -1}, "config.json: num_hidden_layers .* a whole number"),
+        ({"num_hidden_layers": 2.5}, "num_hidden_layers .* a whole number"),
+        ({"rms_norm_eps": "small"}, r"norm_eps .* a positive finite number. \w+: 'small'"),
     ],
 )
 def test_a_config_with_unknown_values_is_refused(tmp_path, change, message):
@@ -303,5 +303,5 @@ def test_a_config_with_unknown_values_is_refused(tmp_path, change, message):
 )
 def test_a_config_that_lacks_a_value_is_refused(tmp_path, name):
     (tmp_path / "config.json").write_text(json.dumps({key: SETTINGS[key] for key in SETTINGS if key != name}))
-    with pytest.raises(ValueError, match=f"config.json has a {name}"):
+    with pytest.raises(ValueError, match=f"config.json must have a {name}"):
         checkpoint.read_config(tmp_path)

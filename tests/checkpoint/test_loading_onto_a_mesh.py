@@ -6,7 +6,6 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from gemma_mlp import checkpoint, layouts
-from gemma_mlp.layouts import trees
 from tests.support.by_hand import CONFIG, arrays, equal, params
 from tests.support.huggingface_folder import write
 
@@ -43,7 +42,7 @@ def on_mesh(*spec):
 
 
 def shardings(*lead):
-    return trees.make_params({name: on_mesh(*lead, *spec) for name, spec in SPECS.items()})
+    return layouts.make_params({name: on_mesh(*lead, *spec) for name, spec in SPECS.items()})
 
 
 def check(got, expected, wanted, pieces):
@@ -64,15 +63,15 @@ def test_a_stack(read, layer_axis, pieces):
 
 
 WRONG = {
-    "a name": (lambda: trees.make_params(dict.fromkeys(SPECS, "data")), "A sharding is a NamedSharding"),
+    "a name": (lambda: layouts.make_params(dict.fromkeys(SPECS, "data")), "A sharding must be a NamedSharding"),
     "one that does not divide": (
-        lambda: trees.make_params(dict.fromkeys(SPECS, on_mesh(("data", "fsdp", "tensor")))),
+        lambda: layouts.make_params(dict.fromkeys(SPECS, on_mesh(("data", "fsdp", "tensor")))),
         "partitioned 8 times",
     ),
-    "one for all leaves": (on_mesh, "Shardings are a device"),
+    "one for all leaves": (on_mesh, "shardings must be a device"),
     "none for the post-norm": (
-        lambda: trees.make_params({name: on_mesh() for name in SPECS if name != "post_norm"}),
-        "with one for",
+        lambda: layouts.make_params({name: on_mesh() for name in SPECS if name != "post_norm"}),
+        "with one sharding for",
     ),
 }
 
@@ -89,5 +88,5 @@ def test_numbers_that_are_not_finite_are_counted_once(tmp_path, stacked):
     broken = arrays()
     broken[1]["gate_proj"][[0, 3], [1, 5]] = np.nan  # in different parts, each of which two devices hold
     wanted = shardings(None) if stacked else shardings()
-    with pytest.raises(ValueError, match=r"layers\.1\.mlp\.gate_proj\.weight in .* finite\. \w+: 2 .* of 24\."):
+    with pytest.raises(ValueError, match=r"layers\.1\.mlp\.gate_proj\.weight in .* must be finite\. \w+: 2 .* of 24\."):
         checkpoint.read_huggingface(write(tmp_path, broken), stacked=stacked, shardings=wanted)

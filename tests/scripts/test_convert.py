@@ -59,7 +59,7 @@ def test_an_orientation_that_shapes_do_not_tell_is_asked_for(tmp_path, transpose
     checkpoint.write_orbax(tmp_path / "a", layers, layout)
     source = [f"--source={tmp_path / 'a'}", f"--embed_dim={D}", f"--hidden_dim={D}", "--nopost_norm"]
     target = [f"--target={tmp_path / 'b'}", "--to=huggingface"]
-    with pytest.raises(SystemExit, match="decides its orientation"):
+    with pytest.raises(SystemExit, match="must decide its orientation"):
         run(*source, *target)
     said = f"--source_transpose_gating_einsum={str(transpose).lower()}"
     run(*source, *target, "--from=deepmind_flat", said)
@@ -90,11 +90,11 @@ def test_a_dry_run_writes_nothing(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--source=absent", "--target=new", "--to=tunix"], "An Orbax checkpoint does not tell its model"),
-        (["--source=absent", *ORBAX, "--target=new", "--to=tunix"], "absent is an Orbax checkpoint"),
-        (["--source=source", "--target=source", "--to=tunix"], "The target is new"),
-        (["--source=source", "--target=new", "--to=deepmind"], "one of 2 orientations"),
-        (["--source=source", "--target=new", "--to=t5x"], "The layout has a place for"),
+        (["--source=absent", "--target=new", "--to=tunix"], "The model of an Orbax checkpoint must be given"),
+        (["--source=absent", *ORBAX, "--target=new", "--to=tunix"], "absent must be an Orbax checkpoint"),
+        (["--source=source", "--target=source", "--to=tunix"], "The target must be new"),
+        (["--source=source", "--target=new", "--to=deepmind"], "orientation .* must be chosen"),
+        (["--source=source", "--target=new", "--to=t5x"], "The layout must have a place for"),
     ],
 )
 def test_errors_are_one_line(tmp_path, monkeypatch, arguments, message):
@@ -109,5 +109,5 @@ def test_a_target_that_reads_back_otherwise_is_reported(tmp_path, monkeypatch):
     source = write(tmp_path / "source", arrays())
     write_ = checkpoint.write_orbax
     monkeypatch.setattr(checkpoint, "write_orbax", lambda path, params, layout: write_(path, params[::-1], layout))
-    with pytest.raises(SystemExit, match="What is read back is what was written"):
+    with pytest.raises(SystemExit, match="What is read back must be what was written"):
         run(f"--source={source}", f"--target={tmp_path / 'c'}", "--to=tunix")

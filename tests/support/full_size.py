@@ -18,7 +18,6 @@ import orbax.checkpoint as ocp
 from jax.sharding import Mesh, NamedSharding
 
 from gemma_mlp import PRESETS, MLPBlockParams, MLPParams, RMSNormParams, checkpoint, layouts
-from gemma_mlp.layouts import trees
 
 folder, name, num_layers, way = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), sys.argv[4]
 config = PRESETS[name]
@@ -84,7 +83,7 @@ def shardings(*lead):
     mesh = Mesh(np.array(jax.devices()).reshape(2, 2), ("fsdp", "tensor"))
     specs = {"gate_proj": ("fsdp", "tensor"), "up_proj": ("fsdp", "tensor"), "down_proj": ("tensor", "fsdp")}
     specs |= {"pre_norm": (), "post_norm": ()}
-    return trees.make_params({leaf: NamedSharding(mesh, jax.P(*lead, *spec)) for leaf, spec in specs.items()})
+    return layouts.make_params({leaf: NamedSharding(mesh, jax.P(*lead, *spec)) for leaf, spec in specs.items()})
 
 
 pair, one = 2 * 2 * D * F, 2 * D * F
