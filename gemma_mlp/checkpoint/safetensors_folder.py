@@ -115,14 +115,7 @@ def read_headers(files: Mapping[str, Path], wanted: Container[str]) -> dict[str,
 
 
 def create(folder: Path, tensors: Mapping[str, Callable[[], Any]], config: Mapping[str, Any], shard_bytes: int) -> None:
-    """Writes a new folder. It appears whole or not at all.
-
-    Args:
-      folder: must not exist yet.
-      tensors: functions that make the arrays, by name.
-      config: of the model, for config.json.
-      shard_bytes: the largest number of bytes of tensors in one file.
-    """
+    """Writes a new folder of tensors, each made by its function, and a config.json. It appears whole or not at all."""
     require_new(folder)
     partial = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}")
     partial.mkdir(parents=True)

@@ -1,6 +1,6 @@
 """Where each library stores this block's parameters: a table for each, and conversions of trees in both directions."""
 
-from gemma_mlp.layouts.layout import Layout
+from gemma_mlp.layouts.layout import Layout, Stored
 from gemma_mlp.layouts.libraries import (
     LAYOUTS,
     deepmind,
@@ -18,6 +18,7 @@ from gemma_mlp.layouts.trees import flatten, from_tree, make_params, stack, to_t
 __all__ = [
     "LAYOUTS",
     "Layout",
+    "Stored",
     "deepmind",
     "deepmind_flat",
     "deepmind_stacked",

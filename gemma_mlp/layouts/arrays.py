@@ -34,16 +34,10 @@ def transpose(array: Any, axes: str, to: str) -> Any:
 
 
 def add_exactly(array: Any, number: int, name: str, rounding: bool) -> Any:
-    """`array + number` in float32, or in float64 if the array is.
-
-    Args:
-      array: norm weights, w or 1 + w.
-      number: 1 or -1.
-      name: of the stored tensor, for the error.
-      rounding: whether to allow a sum that had to be rounded.
+    """`array + number` in float32, or in float64 if the array is. It makes w from 1 + w, or 1 + w from w.
 
     Raises:
-      ValueError: if a sum had to be rounded, so that taking `number` off again does not give `array`.
+      ValueError: names the stored tensor if the sum had to be rounded, unless `rounding` allows it.
     """
     wide = accumulation_dtype(array.dtype)
     if isinstance(array, jax.ShapeDtypeStruct):
