@@ -1,4 +1,4 @@
-"""Hypothesis makes up 30 examples for a test in the quick run, and 300 where slow tests are selected too."""
+"""Hypothesis tries 30 examples for each test in the quick run, and 300 if slow tests are selected too."""
 
 from hypothesis import settings
 

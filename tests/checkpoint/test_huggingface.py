@@ -1,4 +1,4 @@
-"""Hugging Face folders in and out, against files that safetensors wrote from arrays transposed by hand."""
+"""Hugging Face folders are compared with files that safetensors wrote from arrays transposed by hand."""
 
 import json
 import os
@@ -47,7 +47,7 @@ def test_casts(tmp_path):
 
 
 def test_stacks_on_a_device_with_memory_of_its_own(tmp_path, monkeypatch):
-    """As on a GPU or a TPU: zeros there, in whose place each layer is put."""
+    """As on a GPU or a TPU: the stack is made of zeros, and each layer overwrites its place."""
     monkeypatch.setattr(loading, "_new_stack", lambda shape, dtype, device: jnp.zeros(shape, dtype, device=device))
     folder = write(tmp_path / "m", arrays(), shards=3)
     assert equal(checkpoint.read_huggingface(folder, stacked=True), layouts.stack(params(arrays())))
@@ -167,7 +167,7 @@ WRITE_TEXT, COPYFILE = safetensors_folder.Path.write_text, shutil.copyfile
 
 @pytest.mark.parametrize("shards", [1, 3])
 def test_an_update_cut_short_leaves_the_old_or_the_new(tmp_path, monkeypatch, shards):
-    """Killed at every call that touches the disk, with no clean-up: whole before and whole after."""
+    """The update is killed at each call that touches the disk. The folder is then whole, and old or new."""
     new = arrays()[::-1]
     for survived in range(100):
         folder = write(tmp_path / str(survived), arrays(), shards)
@@ -176,7 +176,7 @@ def test_an_update_cut_short_leaves_the_old_or_the_new(tmp_path, monkeypatch, sh
         def counted(function):
             def call(*args, **kwargs):
                 if len(calls) >= survived:
-                    if function is WRITE_TEXT:  # half of it is written
+                    if function is WRITE_TEXT:  # write half of it
                         WRITE_TEXT(args[0], args[1][: len(args[1]) // 2])
                     if function is COPYFILE:
                         whole = args[0].read_bytes()
@@ -199,7 +199,7 @@ def test_an_update_cut_short_leaves_the_old_or_the_new(tmp_path, monkeypatch, sh
                 pass
         got = checkpoint.read_huggingface(folder)
         assert equal(got, params(arrays())) or equal(got, params(new))
-        files = safetensors_folder.list_files(folder)  # not the halves that nothing names
+        files = safetensors_folder.list_files(folder)  # without half-written files, which nothing names
         read = {name: safetensors.numpy.load_file(files[name])[name] for name in others(LAYERS)}
         assert equal(read, others(LAYERS))
     assert 4 < survived < 100

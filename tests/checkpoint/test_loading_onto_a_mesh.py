@@ -86,7 +86,7 @@ def test_shardings_that_cannot_be_had_are_refused(tmp_path, name):
 @pytest.mark.parametrize("stacked", [False, True])
 def test_numbers_that_are_not_finite_are_counted_once(tmp_path, stacked):
     broken = arrays()
-    broken[1]["gate_proj"][[0, 3], [1, 5]] = np.nan  # in different parts, each of which two devices hold
+    broken[1]["gate_proj"][[0, 3], [1, 5]] = np.nan  # in two parts; two devices hold each of them
     wanted = shardings(None) if stacked else shardings()
     with pytest.raises(ValueError, match=r"layers\.1\.mlp\.gate_proj\.weight in .* must be finite\. \w+: 2 .* of 24\."):
         checkpoint.read_huggingface(write(tmp_path, broken), stacked=stacked, shardings=wanted)

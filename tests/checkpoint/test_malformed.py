@@ -1,4 +1,4 @@
-"""Checkpoints that are wrong in every way we could think of, and headers that hypothesis makes up."""
+"""Hugging Face folders that are wrong in every way that we could think of, and headers that Hypothesis makes up."""
 
 import json
 import shutil
@@ -17,7 +17,7 @@ from tests.support.huggingface_folder import SETTINGS, load, save, write
 
 GATE, NORM = "model.layers.1.mlp.gate_proj.weight", "model.layers.1.pre_feedforward_layernorm.weight"
 INDEX = "model.safetensors.index.json"
-SHARD = "model-00002-of-00003.safetensors"  # of layers 1 and 4
+SHARD = "model-00002-of-00003.safetensors"  # holds layers 1 and 4
 
 
 def single(change):
@@ -208,11 +208,11 @@ def test_a_layer_out_of_range(tmp_path, layers):
     assert LAYERS == 5
 
 
-# Headers that hypothesis makes up
+# Headers that Hypothesis makes up
 
 
 def parse(data):
-    """The tensors of a file, by the format's own definition and NumPy: eight bytes of length, JSON, data."""
+    """The tensors of a file, read by NumPy: eight bytes of length, then JSON, then data."""
     (length,) = struct.unpack("<Q", data[:8])
     header, body = json.loads(data[8 : 8 + length]), data[8 + length :]
     dtypes = {"BF16": ml_dtypes.bfloat16, "F32": np.float32, "F64": np.float64}
@@ -225,7 +225,7 @@ def parse(data):
 
 
 def outcome(folder):
-    """Either an error that we raise, or just what the file says."""
+    """Checks that reading gives either our error or exactly what the file says."""
     try:
         layers = checkpoint.read_huggingface(folder)
     except ValueError:
@@ -282,7 +282,7 @@ def test_any_bytes_for_a_header(whole, length, header):
 @FUZZ
 @given(entries=st.dictionaries(NAMES, ENTRIES, max_size=4), swap=st.permutations(range(5)))
 def test_any_entries_in_a_header(whole, entries, swap):
-    """Sound JSON, with made-up entries, and the five tensors' offsets and shapes dealt out anew."""
+    """The header is sound JSON, but has made-up entries, and the five tensors swap their offsets and shapes."""
     folder, data = whole
     (length,) = struct.unpack("<Q", data[:8])
     header = json.loads(data[8 : 8 + length])

@@ -1,4 +1,4 @@
-"""Orbax checkpoints in and out, against trees written by hand and saved by Orbax alone."""
+"""Orbax checkpoints are compared with trees that are written by hand and saved by Orbax alone."""
 
 import re
 import subprocess
@@ -31,7 +31,7 @@ from tests.support.selection import slow_except
 
 ROOT = Path(__file__).parents[2]
 
-pytestmark = pytest.mark.promotes  # Orbax relies on it
+pytestmark = pytest.mark.promotes  # Orbax relies on promotion
 
 
 def save(path, tree):
@@ -63,7 +63,7 @@ def test_writes_what_orbax_restores(tmp_path, name):
         shapes = checkpointer.metadata(tmp_path / "c").item_metadata.tree
         restored = checkpointer.restore(tmp_path / "c", jax.tree.map(lambda m: np.zeros(m.shape, m.dtype), shapes))
     expected = jax.tree.map(np.asarray, by_hand(arrays(config)))
-    if name == "tunix":  # Orbax makes strings of the numbers of layers
+    if name == "tunix":  # Orbax turns the layers' numbers into strings
         expected = {"layers": {str(number): layer for number, layer in expected["layers"].items()}}
     assert equal(restored, expected)
     with pytest.raises(ValueError, match="must be written to a new folder"):
@@ -88,7 +88,7 @@ def test_a_step_of_a_manager(tmp_path):
 
 
 def save_as(path, tree, **options):
-    """In one of the forms that Orbax's arrays have on a disk."""
+    """Saves in one of the forms that Orbax's arrays have on disk."""
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(**options)) as checkpointer:
         checkpointer.save(path, args=ocp.args.PyTreeSave(jax.tree.map(jnp.asarray, tree)))
     return path
@@ -105,10 +105,10 @@ def test_every_form_on_the_disk(tmp_path, use_ocdbt, use_zarr3, stacked):
 
 
 def test_other_tensors_are_not_read(tmp_path):
-    """They may be broken: only what is asked for is read."""
+    """Other tensors may be broken, because only the chosen layers are read."""
     path = save_as(tmp_path / "c", deepmind_flat(arrays(), True), use_ocdbt=False)
     for file in path.glob("transformer/layer_[!2]/**/*"):
-        if file.is_file() and file.name != ".zarray":  # which the tree is made from
+        if file.is_file() and file.name != ".zarray":  # Orbax makes the tree from it
             file.write_bytes(b"")
     assert equal(checkpoint.read_orbax(path, CONFIG, layers=[2]), params(arrays())[2:3])
     with pytest.raises(ValueError, match=r"layer_1/.* must be whole\. \w+: "):
@@ -153,7 +153,7 @@ def test_malformed(tmp_path, name, stacked):
 
 
 def test_data_cut_short(tmp_path):
-    """In a process of its own: what Orbax had begun to read beside it complains later, into whatever test runs then."""
+    """In a process of its own, because Orbax's background reads would raise their errors in a later test."""
     path = save(tmp_path / "c", deepmind_flat(arrays(), True))
     for file in path.rglob("d/*"):
         file.write_bytes(file.read_bytes()[:10])

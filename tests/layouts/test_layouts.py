@@ -1,4 +1,4 @@
-"""Conversions of trees, against trees of each library written out by hand."""
+"""Conversions of trees are compared with trees of each library that are written by hand."""
 
 import dataclasses
 import itertools
@@ -102,7 +102,7 @@ def test_where_the_shape_says_nothing_the_orientation_is_asked_for(transposed):
 
 @pytest.mark.parametrize("sizes", [(2, 4), (4, 2), (2, 2), (1, 2)])
 def test_sizes_of_two_confuse_nothing_that_the_layout_says(sizes):
-    """D = 2, F = 2 D, two layers: axes of length 2 everywhere."""
+    """With D = 2 or F = 2 and two layers, many axes have length 2."""
     config = MLPConfig(*sizes)
     layers = arrays(config, layers=2)
     for layout, by_hand, kind in TREES.values():
@@ -126,7 +126,7 @@ def test_stacks():
 
 
 def test_our_modules_are_trees_of_ours():
-    """What Linen and NNX modules of the block hold, in a model with blocks called layers_0 and layers_1."""
+    """Linen and NNX models with blocks called layers_0 and layers_1 hold trees of this layout."""
 
     class Model(nn.Module):
         @nn.compact
@@ -252,10 +252,10 @@ def test_an_empty_tree_names_what_was_looked_for():
 def test_gemma_2_is_not_gemma_1():
     with pytest.raises(ValueError, match=r"post_attention_layernorm.*no such tensor"):
         layouts.from_tree(huggingface(arrays()), layouts.huggingface(GEMMA1))
-    tree = huggingface(arrays()) | huggingface_gemma1(arrays())  # as a whole Gemma 2 has both
+    tree = huggingface(arrays()) | huggingface_gemma1(arrays())  # a whole Gemma 2 has both
     with pytest.raises(ValueError, match=r"\w+: model\.layers\.0\.(pre|post)_feedforward_layernorm\.weight"):
         layouts.from_tree(tree, layouts.huggingface(GEMMA1))
-    got = layouts.from_tree(tree, layouts.huggingface(CONFIG))  # there it belongs to attention
+    got = layouts.from_tree(tree, layouts.huggingface(CONFIG))  # here that name belongs to attention
     assert equal(got, params(arrays()))
 
 

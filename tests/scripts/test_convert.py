@@ -1,4 +1,4 @@
-"""scripts/convert.py: from any form to any other, and back."""
+"""scripts/convert.py converts from any form to any other and back."""
 
 import convert
 import jax
@@ -12,7 +12,7 @@ from tests.support.by_hand import CONFIG, GEMMA1, LAYERS, D, F, arrays, equal, h
 from tests.support.huggingface_folder import load, others, write
 from tests.support.selection import slow_except
 
-pytestmark = pytest.mark.promotes  # Orbax relies on it
+pytestmark = pytest.mark.promotes  # Orbax relies on promotion
 ORBAX = [f"--embed_dim={D}", f"--hidden_dim={F}"]
 
 
@@ -22,10 +22,12 @@ def run(*arguments):
         convert.main(["convert"])
 
 
-FULL = [name for name in layouts.LAYOUTS if name not in ("huggingface", "t5x")]  # those of a whole Gemma 2 in Orbax
+ORBAX_LAYOUTS = [
+    name for name in layouts.LAYOUTS if name not in ("huggingface", "t5x")
+]  # Orbax layouts with a post-norm
 
 
-@pytest.mark.parametrize("name", slow_except(["deepmind_stacked", "maxtext", "tunix"], FULL))
+@pytest.mark.parametrize("name", slow_except(["deepmind_stacked", "maxtext", "tunix"], ORBAX_LAYOUTS))
 def test_there_and_back(tmp_path, capsys, name):
     source = write(tmp_path / "source", arrays(), shards=3)
     run(f"--source={source}", f"--target={tmp_path / 'c'}", f"--to={name}", "--transpose_gating_einsum")
@@ -36,7 +38,7 @@ def test_there_and_back(tmp_path, capsys, name):
     assert "verifying: 100%" in out.err
     got = checkpoint.read_orbax(tmp_path / "c", CONFIG, dtype="bfloat16")
     assert equal(got, params(arrays()))
-    target = write(tmp_path / "target", arrays()[::-1])  # of which the blocks are replaced
+    target = write(tmp_path / "target", arrays()[::-1])  # its blocks will be replaced
     run(f"--source={tmp_path / 'c'}", *ORBAX, f"--target={target}", "--to=huggingface", "--dtype=bfloat16")
     assert equal(
         {name: np.asarray(array) for name, array in load(target).items()}, huggingface(arrays()) | others(LAYERS)

@@ -1,4 +1,4 @@
-"""Trees of each library, written out by hand from arrays of ours."""
+"""Trees of each library, written by hand from arrays of ours."""
 
 import jax
 import jax.numpy as jnp
@@ -105,7 +105,7 @@ def deepmind_stacked(layers, transposed):
 
 
 def maxtext(layers):
-    """Layers on axis 1 of everything."""
+    """Layers are stacked on axis 1 of every tensor."""
     layer = {
         "mlp": {
             "wi_0": {"kernel": stacked(layers, "gate_proj", 1)},
@@ -119,7 +119,7 @@ def maxtext(layers):
 
 
 def maxtext_pairs(layers):
-    """Gemma 2 in MaxText: local and global attention in turn."""
+    """Gemma 2 in MaxText: layers with local and global attention alternate."""
     tree = {}
     for ending, of_kind in (("_local", layers[0::2]), ("_global", layers[1::2])):
         for name, subtree in maxtext(of_kind)["decoder"]["layers"].items():
@@ -233,7 +233,7 @@ TREES = {  # name: (layout, the tree written by hand, config)
 
 
 def layer_dicts(layers, name):
-    """What is expected from a tree of the library: norms that were stored as 1 + w come in float32."""
+    """What reading a tree of this library must give: norms stored as 1 + w come as w in float32."""
     wide = {"pre_norm", "post_norm"} if name.startswith(("maxtext", "t5x")) else set()
     return [
         {leaf: array.astype(np.float32) if leaf in wide else array for leaf, array in layer.items()} for layer in layers

@@ -19,7 +19,7 @@ SETTINGS = {
 
 
 def others(layers):
-    """What else a Gemma 2 holds."""
+    """The tensors of a Gemma 2 that are not our block's."""
     tree = {"model.embed_tokens.weight": np.full((11, D), 3, np.float32), "model.norm.weight": np.ones(D, np.float32)}
     for i in range(layers):
         tree[f"model.layers.{i}.self_attn.q_proj.weight"] = np.full((2 * D, D), i, np.float16)
@@ -29,7 +29,7 @@ def others(layers):
 
 
 def write(folder, layers, shards=1, settings=SETTINGS):
-    """A checkpoint in one file, or with layer i in shard i % shards."""
+    """Writes a checkpoint in one file, or with layer i in shard i % shards. Returns its folder."""
     folder.mkdir(exist_ok=True)
     (folder / "config.json").write_text(json.dumps(settings))
     (folder / "tokenizer.json").write_text("{}")
@@ -54,7 +54,7 @@ def save(path, tensors):
 
 
 def load(folder):
-    """Every tensor in the folder, by safetensors alone."""
+    """Every tensor in the folder, read by safetensors alone."""
     tensors = {}
     for path in sorted(folder.glob("*.safetensors")):
         tensors |= safetensors.numpy.load_file(path)
