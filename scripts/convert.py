@@ -84,13 +84,12 @@ def source_config(source: Path) -> MLPConfig:
         return checkpoint.read_config(source).config
     if PRESET.value:
         return PRESETS[PRESET.value]
-    checks.require(
-        bool(EMBED_DIM.value and HIDDEN_DIM.value),
-        "The model of an Orbax checkpoint must be given: --preset, or --embed_dim and --hidden_dim.",
-        "neither",
-        "give one of them; for a Hugging Face folder, check that --source has a config.json.",
+    if EMBED_DIM.value and HIDDEN_DIM.value:
+        return MLPConfig(EMBED_DIM.value, HIDDEN_DIM.value, post_norm=POST_NORM.value)
+    raise ValueError(
+        "The model of an Orbax checkpoint must be given. Got: neither --preset, nor --embed_dim and --hidden_dim. "
+        "Fix: give one or the other; for a Hugging Face folder, check that --source has a config.json."
     )
-    return MLPConfig(EMBED_DIM.value, HIDDEN_DIM.value, post_norm=POST_NORM.value)
 
 
 def make_layout(name: str, config: MLPConfig, transpose: bool | None) -> layouts.Layout:
