@@ -74,7 +74,7 @@ def locate(
     for name, (stored, layer) in wanted.items():
         shapes = [list(layout.shape(axes, layer, num_layers)) for axes in stored.axes]
         rule = f"{name} in {where(name)} must be {' or '.join(map(str, shapes))} of {', '.join(DTYPES)}."
-        missing = f"no such tensor; {len(tensors)} tensors, such as {', '.join(list(tensors)[:3]) or 'none'}"
+        missing = f"no such tensor; {len(tensors)} tensors, such as {list(tensors)[:3]}"
         require(name in tensors, rule, missing, "check the layout, its prefix and the file.")
         received = describe(tensors[name])
         fix = "check embed_dim, hidden_dim and the layout, which says what is transposed."
