@@ -29,8 +29,10 @@ PRESET = flags.DEFINE_enum("preset", None, list(PRESETS), "The model of an Orbax
 EMBED_DIM = flags.DEFINE_integer("embed_dim", None, "D of an Orbax source, instead of --preset.", lower_bound=1)
 HIDDEN_DIM = flags.DEFINE_integer("hidden_dim", None, "F of an Orbax source, instead of --preset.", lower_bound=1)
 POST_NORM = flags.DEFINE_boolean("post_norm", True, "Whether an Orbax source has a norm after the MLP (Gemma 1: no).")
-TRANSPOSE = flags.DEFINE_boolean("transpose_gating_einsum", None, "deepmind*: write (2, F, D) rather than (2, D, F).")
-FROM = flags.DEFINE_enum("from", None, LAYOUTS, "The layout of an Orbax source, if the names must not tell it.")
+TRANSPOSE = flags.DEFINE_boolean(
+    "transpose_gating_einsum", None, "deepmind*: write gating_einsum as (2, F, D), or else (2, D, F)."
+)
+FROM = flags.DEFINE_enum("from", None, LAYOUTS, "The layout of an Orbax source. By default its names tell it.")
 SOURCE_TRANSPOSE = flags.DEFINE_boolean(
     "source_transpose_gating_einsum", None, "With --from=deepmind*: the source has (2, F, D). Needed where D = F."
 )
