@@ -11,32 +11,22 @@ side in one program, divided over the devices there are.
 import json
 from pathlib import Path
 
-from absl import app, logging
+import cli
 from compare_activations import approximation, curvature, expressiveness, figure, gradient_flow, heldout
 from compare_activations.contestants import CONTESTANTS
 from compare_activations.ledger import Ledger
-from ml_collections import config_flags
 from tqdm import tqdm
 from train_toy.records import claim_workdir, write_atomically
 
-from gemma_mlp.checks import require
-
-CONFIG = config_flags.DEFINE_config_file(
-    "config",
-    str(Path(__file__).parents[1] / "configs" / "compare_activations.py"),
-    "What to compare; override any field with --config.FIELD=VALUE.",
-)
+CONFIG = cli.config("compare_activations", "What to compare.")
 SECTIONS = {section.NAME: section for section in (heldout, gradient_flow, expressiveness, curvature, approximation)}
 
 
-def main(argv):
-    logging.set_verbosity(logging.WARNING)  # JAX tells of much at INFO
-    if len(argv) > 1:
-        raise app.UsageError(f"Unknown arguments: {argv[1:]}")
+def main():
     config = CONFIG.value
-    require_names("sections", config.sections, SECTIONS)
-    require_names("contestants", config.contestants, CONTESTANTS)
-    require_names("factorial", config.factorial, CONTESTANTS)
+    cli.require_names("sections", config.sections, SECTIONS)
+    cli.require_names("contestants", config.contestants, CONTESTANTS)
+    cli.require_names("factorial", config.factorial, CONTESTANTS)
     workdir = Path(config.workdir)
     identity = {name: value for name, value in config.to_dict().items() if name not in ("workdir", "sections")}
     claim_workdir(workdir, identity | {"corpus_sha256": heldout.load(config).sha256})
@@ -52,11 +42,6 @@ def main(argv):
         figure.draw(workdir / f"{section.NAME}.png", [section.draw], ledger.runs)
     figure.draw(workdir / "comparison.png", [section.draw for section in sections], ledger.runs)
     print(f"\nIn {workdir}: runs.jsonl, tables.json, comparison.png and a figure for each section.")
-
-
-def require_names(field, names, known):
-    unknown = ", ".join(set(names) - set(known))
-    require(not unknown, f"config.{field} are of {', '.join(known)}.", unknown, "use these names.")
 
 
 def text(rows):
@@ -77,4 +62,4 @@ def shown(cell):
 
 
 if __name__ == "__main__":
-    app.run(main)
+    cli.run(main)

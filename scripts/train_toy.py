@@ -11,29 +11,20 @@ workdir, start it once on each with `--distributed`; where JAX does not know the
     python scripts/train_toy.py --config.mesh="fsdp=8" --coordinator_address=HOST:PORT --num_processes=2 --process_id=0
 """
 
-from pathlib import Path
-
-from absl import app, flags, logging
-from ml_collections import config_flags
+import cli
+from absl import flags
 from train_toy import parallel
 from train_toy.run_config import RunConfig
 from train_toy.training import train
 
-CONFIG = config_flags.DEFINE_config_file(
-    "config",
-    str(Path(__file__).parents[1] / "configs" / "train_toy.py"),
-    "The run; override any field with --config.FIELD=VALUE.",
-)
+CONFIG = cli.config("train_toy", "The run.")
 DISTRIBUTED = flags.DEFINE_bool("distributed", False, "One of several processes, as JAX finds them in the cluster.")
 ADDRESS = flags.DEFINE_string("coordinator_address", None, "HOST:PORT at which process 0 is reached by the others.")
 NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "How many processes there are.", lower_bound=1)
 PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which of them this is, from 0.", lower_bound=0)
 
 
-def main(argv):
-    logging.set_verbosity(logging.WARNING)  # JAX and Orbax tell of much at INFO
-    if len(argv) > 1:
-        raise app.UsageError(f"Unknown arguments: {argv[1:]}")
+def main():
     who = (ADDRESS.value, NUM_PROCESSES.value, PROCESS_ID.value)
     if DISTRIBUTED.value or any(part is not None for part in who):
         parallel.join(*who)
@@ -55,4 +46,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    app.run(main)
+    cli.run(main)
