@@ -85,8 +85,8 @@ def text_batches(corpus: data.Corpus, seq_len: int, batch_size: int) -> Callable
 
 
 def member(tree: Any, index: int) -> Any:
-    """The leaves of the member at `index`."""
-    return jax.tree.map(lambda leaf: leaf[index], tree)
+    """The leaves of the member at `index`, on the first device."""
+    return jax.tree.map(lambda leaf: jax.device_put(leaf[index], jax.devices()[0]), tree)
 
 
 def numbers(values, digits: int = 6) -> list[float | None]:

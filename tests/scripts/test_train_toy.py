@@ -104,7 +104,7 @@ def test_interrupted_and_continued_gives_exactly_the_numbers_of_an_uninterrupted
     whole, summary = finished
 
     def interrupt(step, loss):
-        if step == 27:
+        if step == 15:
             raise KeyboardInterrupt
         return bits(step, loss)
 
@@ -114,7 +114,7 @@ def test_interrupted_and_continued_gives_exactly_the_numbers_of_an_uninterrupted
         train(config(tmp_path, text))
     assert not (tmp_path / "summary.json").exists()
     continued = train(config(tmp_path, text))
-    assert continued["continued_from_step"] == 20
+    assert continued["continued_from_step"] == 10
     check_same_runs(whole, summary, tmp_path, continued)
 
 
