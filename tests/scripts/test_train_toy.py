@@ -195,6 +195,11 @@ def test_value_checks_change_nothing_but_cost(text, finished, tmp_path):
     assert checked["heldout_bits_per_byte"] == pytest.approx(finished[1]["heldout_bits_per_byte"], rel=1e-5)
 
 
+def test_unknown_arguments_are_refused():
+    done = subprocess.run([*COMMAND, "runs/mine"], capture_output=True, text=True)
+    assert done.returncode != 0 and "Unknown arguments: ['runs/mine']" in done.stdout + done.stderr
+
+
 @pytest.mark.parametrize(
     ("field", "value", "message"),
     [
