@@ -60,14 +60,9 @@ def rows(runs: Sequence[Run]) -> list[dict[str, Any]]:
         mean, half = interval(run["scores"])
         row = {"contestant": name, "learning_rate": run["learning_rates"][0], "mean": mean, "half": half}
         if name != REFERENCE and REFERENCE in compared:
-            difference, half = difference_of(compared, name, REFERENCE, len(compared) - 1)
+            reference = compared[REFERENCE]
+            assert run["seeds"] == reference["seeds"]
+            difference, half = paired(run["scores"], reference["scores"], len(compared) - 1)
             row |= {"difference": difference, "difference_half": half}
         table.append(row)
     return table
-
-
-def difference_of(compared: dict[str, Run], name: str, reference: str, comparisons: int = 1) -> tuple[float, float]:
-    """The paired difference of two contestants, name - reference, and half the width of its interval."""
-    ours, theirs = compared[name], compared[reference]
-    assert ours["seeds"] == theirs["seeds"]
-    return paired(ours["scores"], theirs["scores"], comparisons)

@@ -1,4 +1,4 @@
-"""The comparison is fair: equal sizes, paired seeds, one training loop, the same tables after an interruption."""
+"""compare_activations.py is fair (equal sizes, paired seeds, one training loop) and continues to the same tables."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""What the comparison measures on the way, against oracles: gradient flow, fit, curvature."""
+"""The measures of compare_activations.py against oracles: gradient flow, fit, curvature."""
 
 import functools
 

@@ -1,4 +1,4 @@
-"""The training script on meshes and on several processes: the curve of one device, whoever dies on the way."""
+"""train_toy.py on meshes and in several processes: the losses of one device, whichever process dies on the way."""
 
 import os
 import signal
@@ -20,7 +20,7 @@ pytestmark = [pytest.mark.promotes, pytest.mark.usefixtures("eight_devices")]
 
 
 def start(count, devices, mesh, workdir, text):
-    """Starts `count` processes of `devices` CPU devices each; what they print is in `workdir`, in 0.log and so on."""
+    """Starts `count` processes of `devices` CPU devices each. They print into 0.log, 1.log, ... in `workdir`."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]

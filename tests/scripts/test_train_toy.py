@@ -1,4 +1,4 @@
-"""The training script: it learns, it continues exactly, it refuses what would lose or mix runs."""
+"""train_toy.py: it learns, it continues exactly, and it refuses to mix runs."""
 
 import json
 import os
