@@ -5,7 +5,7 @@ import itertools
 import pytest
 
 
-def vary(names, rows, together=""):
+def vary(names, rows, together="", indirect=()):
     """`pytest.mark.parametrize(names, rows)` with all rows marked slow except a covering subset.
 
     The subset has each value of each factor at least once. Of the factors named in `together` it has each pair of
@@ -15,7 +15,13 @@ def vary(names, rows, together=""):
     names, rows = names.split(), list(rows)
     quick = covering(rows, [names.index(name) for name in together.split()])
     marks = [() if i in quick else pytest.mark.slow for i in range(len(rows))]
-    return pytest.mark.parametrize(names, [pytest.param(*row, marks=mark) for row, mark in zip(rows, marks)], ids=str)
+    params = [pytest.param(*row, marks=mark) for row, mark in zip(rows, marks)]
+    return pytest.mark.parametrize(names, params, ids=str, indirect=indirect)
+
+
+def first_is_quick(values):
+    """For tests of which one case is much like another and takes long: all but the first are slow."""
+    return [pytest.param(value, marks=pytest.mark.slow if i else ()) for i, value in enumerate(values)]
 
 
 def covering(rows, together):
