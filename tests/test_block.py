@@ -65,7 +65,7 @@ class TestRMSNorm:
     @pytest.mark.parametrize(
         ("scale", "x", "message"),
         [
-            (jnp.zeros(4), jnp.zeros((2, 5)), r"Received: scale float32\[4\], x float32\[2, 5\]. Fix: "),
+            (jnp.zeros(4), jnp.zeros((2, 5)), r": scale float32\[4\], x float32\[2, 5\]. Fix: "),
             (jnp.zeros((1, 5)), jnp.zeros((2, 5)), r"scale is \[D\]"),
             (jnp.zeros(()), jnp.zeros(()), r"scale is \[D\]"),
             (jnp.zeros(5), jnp.zeros((2, 5), "float16"), "x is an array of"),

@@ -226,16 +226,16 @@ RENAMED = (("batch", "rows"), *sharding.RULES[1:])
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda mesh: apply_on(mesh, sharding.RULES, (3, 8, 16)), r"multiple of .*: 2, of mesh axes .*Received: 3 in"),
-        (lambda mesh: apply_on(mesh, sharding.SEQUENCE_PARALLEL_RULES, (2, 6, 16)), r": 4, of .*Received: 6 in an act"),
-        (lambda mesh: apply_on(mesh, RENAMED, (2, 8, 16)), r"axes of the mesh, data, fsdp, tensor. Received: rows in"),
+        (lambda mesh: apply_on(mesh, sharding.RULES, (3, 8, 16)), r"multiple of .*: 2, of mesh axes .*: 3 in"),
+        (lambda mesh: apply_on(mesh, sharding.SEQUENCE_PARALLEL_RULES, (2, 6, 16)), r": 4, of .*: 6 in an act"),
+        (lambda mesh: apply_on(mesh, RENAMED, (2, 8, 16)), r"axes of the mesh, data, fsdp, tensor.*: rows in"),
         (
             lambda mesh: sharding.named_shardings(MLPBlockParams.specs(MLPConfig(15, 2048)), mesh),
-            r": 2, of mesh axes fsdp. Received: 15 in a parameter",
+            r": 2, of mesh axes fsdp.*: 15 in a parameter",
         ),
         (
             lambda mesh: sharding.named_shardings({"w": ParamSpec((2,), ("heads",), jax.nn.initializers.zeros)}, mesh),
-            r"batch, length, embed, mlp. Received: heads. Fix: add a rule",
+            r"batch, length, embed, mlp.*: heads. Fix: add a rule",
         ),
         (lambda mesh: MLPConfig(16, 64, axis_rules=sharding.RULES[1:]), "one rule for each of batch, length"),
         (lambda mesh: MLPConfig(16, 64, axis_rules=list(sharding.RULES)), "a tuple of pairs"),

@@ -381,7 +381,7 @@ def test_optax_masks_by_path(shell):
 
 @pytest.mark.parametrize("shell", ["nnx", "linen"])
 def test_wrong_width_is_explained(shell):
-    with pytest.raises(ValueError, match=r"Received: x float32\[4, 9\], gate_proj float32\[8, 16\]"):
+    with pytest.raises(ValueError, match=r": x float32\[4, 9\], gate_proj float32\[8, 16\]"):
         if shell == "nnx":
             nnx_module("MLP")(jnp.zeros((4, 9)))
         else:

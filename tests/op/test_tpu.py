@@ -276,8 +276,8 @@ def test_blocks_fill_the_chips_memory(version, cores, preset, tokens, forward, b
         ({"activation": "gelu"}, "has no erfc on TPUs"),
         ({"dropout_rate": 0.5, "dropout_key": jax.random.key(0)}, "has no dropout"),
         ({"use_bias": True}, "has no biases"),
-        ({"embed_dim": 64}, "multiples of 128. Received: 64 and 512"),
-        ({"hidden_dim": 64}, "multiples of 128. Received: 128 and 64"),
+        ({"embed_dim": 64}, "multiples of 128.*: 64 and 512"),
+        ({"hidden_dim": 64}, "multiples of 128.*: 128 and 64"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else None,
 )
@@ -299,13 +299,13 @@ def test_a_mesh_needs_rules(chip, eight_devices):
 def test_an_embed_dim_that_vmem_cannot_hold(chip):
     params = jax.eval_shape(lambda: MLPParams.init(MLPConfig(2**16, 128), jax.random.key(0)))
     x = jax.ShapeDtypeStruct((1, 2**16), "float32")
-    with pytest.raises(ValueError, match=r"smallest blocks fit into VMEM, 125829120 bytes\. Received: an embed_dim"):
+    with pytest.raises(ValueError, match=r"smallest blocks fit into VMEM, 125829120 bytes.*: an embed_dim"):
         jax.eval_shape(functools.partial(feed_forward, implementation="pallas"), params, x)
 
 
 def test_a_cpu_has_no_kernels():
     params = samples.mlp_params(case(())[0], "float32")
-    with pytest.raises(ValueError, match=r"runs on TPUs and on NVIDIA's GPUs\. Received: a program for cpu"):
+    with pytest.raises(ValueError, match=r"runs on TPUs and on NVIDIA's GPUs.*: a program for cpu"):
         feed_forward(params, jnp.zeros((3, EMBED_DIM)), implementation="pallas")
     with pytest.raises(ValueError, match="implementation is one of xla, pallas"):
         MLPConfig(8, 16, implementation="triton")  # pyright: ignore[reportArgumentType]
