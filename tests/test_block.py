@@ -66,10 +66,10 @@ class TestRMSNorm:
         ("scale", "x", "message"),
         [
             (jnp.zeros(4), jnp.zeros((2, 5)), r": scale float32\[4\], x float32\[2, 5\]. Fix: "),
-            (jnp.zeros((1, 5)), jnp.zeros((2, 5)), r"scale is \[D\]"),
-            (jnp.zeros(()), jnp.zeros(()), r"scale is \[D\]"),
-            (jnp.zeros(5), jnp.zeros((2, 5), "float16"), "x is an array of"),
-            (jnp.zeros(5, "int32"), jnp.zeros((2, 5)), "scale is an array of"),
+            (jnp.zeros((1, 5)), jnp.zeros((2, 5)), r"scale must be \[D\]"),
+            (jnp.zeros(()), jnp.zeros(()), r"scale must be \[D\]"),
+            (jnp.zeros(5), jnp.zeros((2, 5), "float16"), "x must be an array of"),
+            (jnp.zeros(5, "int32"), jnp.zeros((2, 5)), "scale must be an array of"),
         ],
     )
     def test_errors(self, scale, x, message):

@@ -166,7 +166,7 @@ def test_a_config_passes_it_on():
 @pytest.mark.parametrize("chunk_size", [0, -1, 2.5, True, "2"])
 def test_a_wrong_chunk_size_is_explained(chunk_size):
     params = MLPParams.init(MLPConfig(8, 16), jax.random.key(0))
-    message = f"chunk_size is a whole number of at least 1.*: {chunk_size!r}"
+    message = f"chunk_size must be a whole number of at least 1.*: {chunk_size!r}"
     with pytest.raises(ValueError, match=message):
         feed_forward(params, jnp.ones((5, 8)), chunk_size=chunk_size)
     with pytest.raises(ValueError, match=message):

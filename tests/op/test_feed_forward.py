@@ -289,7 +289,7 @@ class TestDropout:
         assert relative_error(dparams.gate_proj, expected) <= FLOAT32_BOUND
 
     def test_a_rate_without_a_key_is_refused(self):
-        with pytest.raises(ValueError, match="Dropout draws its mask from a key"):
+        with pytest.raises(ValueError, match="needs a dropout_key, which draws the mask"):
             self.hidden(None, dropout_rate=self.rate)
 
     def test_a_rate_of_zero_changes_nothing(self):
@@ -323,26 +323,26 @@ GOOD = {"gate_proj": zeros(4, 8), "up_proj": zeros(4, 8), "down_proj": zeros(8, 
 @pytest.mark.parametrize(
     ("changes", "x", "options", "message"),
     [
-        ({}, zeros(3, 5), {}, r"x is \[\*B, D\].*: x float32\[3, 5\], gate_proj float32\[4, 8\].*Fix: weights"),
+        ({}, zeros(3, 5), {}, r"x must be \[\*B, D\].*: x float32\[3, 5\], gate_proj float32\[4, 8\].*Fix: weights"),
         ({}, zeros(), {}, r": x float32\[\]"),
         ({"up_proj": zeros(4, 9)}, zeros(3, 4), {}, r"up_proj float32\[4, 9\]"),
         ({"down_proj": zeros(4, 8)}, zeros(3, 4), {}, r"transpose those of a torch checkpoint"),
         ({"gate_proj": zeros(4)}, zeros(3, 4), {}, r"gate_proj float32\[4\]"),
-        ({"gate_bias": zeros(8)}, zeros(3, 4), {}, "biases are all given or all None"),
+        ({"gate_bias": zeros(8)}, zeros(3, 4), {}, "biases must be all given or all None"),
         (
             {"gate_bias": zeros(8), "up_bias": zeros(8), "down_bias": zeros(8)},
             zeros(3, 4),
             {},
             r"down_bias float32\[8\]",
         ),
-        ({}, zeros(3, 4, dtype="int32"), {}, r"x is an array of bfloat16.*: int32\[3, 4\]"),
+        ({}, zeros(3, 4, dtype="int32"), {}, r"x must be an array of bfloat16.*: int32\[3, 4\]"),
         ({}, zeros(3, 4, dtype="float16"), {}, "float16 overflows"),
-        ({"up_proj": zeros(4, 8, dtype="float16")}, zeros(3, 4), {}, r"up_proj is an array of"),
+        ({"up_proj": zeros(4, 8, dtype="float16")}, zeros(3, 4), {}, r"up_proj must be an array of"),
         ({}, [[0.0] * 4], {}, ": list"),
         ({}, zeros(3, 4), {"dtype": "float16"}, "65504"),
-        ({}, zeros(3, 4), {"activation": "gelu_pytorch_tanh"}, "activation is one of gelu_tanh"),
-        ({}, zeros(3, 4), {"save": "none"}, "save is one of input, gate_up, autodiff"),
-        ({}, zeros(3, 4), {"dropout_rate": 1.5}, r"dropout_rate is a number in \[0, 1\)"),
+        ({}, zeros(3, 4), {"activation": "gelu_pytorch_tanh"}, "activation must be one of gelu_tanh"),
+        ({}, zeros(3, 4), {"save": "none"}, "save must be one of input, gate_up, autodiff"),
+        ({}, zeros(3, 4), {"dropout_rate": 1.5}, r"dropout_rate must be a number in \[0, 1\)"),
     ],
 )
 def test_errors_state_rule_received_and_fix(changes, x, options, message):
@@ -351,7 +351,7 @@ def test_errors_state_rule_received_and_fix(changes, x, options, message):
 
 
 def test_a_plain_dict_is_refused_with_the_way_out():
-    with pytest.raises(ValueError, match=r"params is an MLPParams.*: dict. Fix: MLPParams\(\*\*tree\)"):
+    with pytest.raises(ValueError, match=r"params must be an MLPParams.*: dict. Fix: MLPParams\(\*\*tree\)"):
         feed_forward(GOOD, zeros(3, 4))  # pyright: ignore[reportArgumentType]
 
 
