@@ -4,7 +4,7 @@ import pytest
 from byte_decoder import data
 from train_toy.run import train
 
-from tests.support import toy
+from tests.scripts import toy
 
 
 @pytest.fixture(scope="session")

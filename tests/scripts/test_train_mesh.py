@@ -14,7 +14,7 @@ from byte_decoder import language_model, placement, training
 from train_toy import checkpoints
 from train_toy.run import train
 
-from tests.support.toy import COMMAND, ROUNDING, SMALL, check_curve, config, curve, flags
+from tests.scripts.toy import COMMAND, ROUNDING, SMALL, check_curve, config, curve, flags
 
 pytestmark = [pytest.mark.promotes, pytest.mark.usefixtures("eight_devices")]
 

@@ -17,7 +17,7 @@ from tensorboardX.proto import event_pb2
 from train_toy import checkpoints, run, yardsticks
 from train_toy.run import train
 
-from tests.support.toy import COMMAND, SMALL, config, flags, metrics
+from tests.scripts.toy import COMMAND, SMALL, config, flags, metrics
 
 pytestmark = pytest.mark.promotes
 
