@@ -228,7 +228,10 @@ RENAMED = (("batch", "rows"), *sharding.RULES[1:])
     [
         (lambda mesh: apply_on(mesh, sharding.RULES, (3, 8, 16)), r"multiple of .*: 2, for mesh axes .*: 3 in"),
         (lambda mesh: apply_on(mesh, sharding.SEQUENCE_PARALLEL_RULES, (2, 6, 16)), r": 4, for .*: 6 in an act"),
-        (lambda mesh: apply_on(mesh, RENAMED, (2, 8, 16)), r"axes of the mesh, which are data, fsdp, tensor.*: rows in"),
+        (
+            lambda mesh: apply_on(mesh, RENAMED, (2, 8, 16)),
+            r"axes of the mesh, which are data, fsdp, tensor.*: rows in",
+        ),
         (
             lambda mesh: sharding.named_shardings(MLPBlockParams.specs(MLPConfig(15, 2048)), mesh),
             r": 2, for mesh axes fsdp.*: 15 in a parameter",
