@@ -1,18 +1,83 @@
-"""Every test runs with full float32 products (TPUs round them otherwise) and without implicit promotion.
+"""What holds for every test: strict JAX, eight CPU devices, and sets of tests that run only where their packages are.
 
-The CPU counts as eight devices, for the tests of meshes; all others run on the first.
+JAX runs with full float32 matmuls (TPUs round them otherwise) and without implicit promotion. The CPU counts as eight
+devices, for the tests of meshes. All other tests run on the first device.
+
+A test whose marker is in SETS is deselected where one of its packages is missing, and the run's last lines say how many
+tests that were and how to install what they need.
 """
+
+from importlib import metadata
 
 import jax
 import pytest
 
 jax.config.update("jax_num_cpu_devices", 8)
 
+SETS = {  # marker: (what its tests compare with, the packages they need, how to install these)
+    "needs_compilers": (
+        "the compilers for TPUs and the H200",
+        ("libtpu", "jax-cuda13-plugin", "jax-cuda13-pjrt", "nvidia-cuda-nvcc", "nvidia-nvvm"),
+        "pip install -e '.[aot]'",
+    ),
+    "needs_peers": ("PyTorch and transformers", ("torch", "transformers"), "pip install torch -e '.[peers]'"),
+    "needs_deepmind": ("DeepMind's gemma", ("gemma",), "see tests/README.md"),
+}
+NOT_RUN = pytest.StashKey[dict[str, int]]()  # the number of tests of each set, and of slow ones, that were left out
+
+
+def is_missing(package):
+    try:
+        metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return True
+    return False
+
+
+def pytest_configure(config):
+    config.stash[NOT_RUN] = dict.fromkeys((*SETS, "slow"), 0)
+
+
+@pytest.hookimpl(trylast=True)  # after -k and -m, so that only tests count that would have run
+def pytest_collection_modifyitems(config, items):
+    for marker, (_, packages, _) in SETS.items():
+        needing = [item for item in items if item.get_closest_marker(marker)]
+        if needing and any(map(is_missing, packages)):
+            items[:] = [item for item in items if item not in needing]
+            config.stash[NOT_RUN][marker] = len(needing)
+            config.hook.pytest_deselected(items=needing)
+
+
+def pytest_deselected(items):
+    if items and items[0].config.option.markexpr == "not slow" and not items[0].config.option.keyword:
+        items[0].config.stash[NOT_RUN]["slow"] += sum(item.get_closest_marker("slow") is not None for item in items)
+
+
+def pytest_sessionfinish(session):
+    if hasattr(session.config, "workeroutput"):  # a worker of pytest-xdist, which tells the main process
+        session.config.workeroutput["not_run"] = session.config.stash[NOT_RUN]
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node):
+    """Every worker collects all tests, so any worker's numbers are those of the run."""
+    if hasattr(node, "workeroutput"):
+        node.config.stash[NOT_RUN].update(node.workeroutput.get("not_run", {}))
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    not_run = config.stash[NOT_RUN]
+    for marker, (subject, _, installation) in SETS.items():
+        if not_run[marker]:
+            terminalreporter.write_line(f"NOT RUN ({not_run[marker]}): tests that need {subject}: {installation}")
+    if not_run["slow"]:
+        terminalreporter.write_line(f'NOT RUN ({not_run["slow"]}): slow tests: pytest -m "" runs every test')
+
 
 @pytest.fixture
 def eight_devices():
     if jax.device_count() != 8:
-        pytest.skip(f"takes eight devices, as a CPU counts here; there are {jax.device_count()}")
+        pytest.skip(f"needs eight devices, which a CPU counts as here; there are {jax.device_count()}")
 
 
 @pytest.fixture(autouse=True)

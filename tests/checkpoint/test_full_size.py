@@ -13,7 +13,7 @@ ENVIRONMENT = {
 }
 pytestmark = [
     pytest.mark.skipif(sys.platform != "linux", reason="resident memory is read from /proc"),
-    pytest.mark.long,
+    pytest.mark.slow,
 ]
 
 

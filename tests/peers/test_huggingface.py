@@ -1,23 +1,22 @@
-"""Against Hugging Face's Gemma 2 on PyTorch, in float32: the MLP, the norm, and the MLP half of a decoder layer.
+"""Against Hugging Face's Gemma 2 on PyTorch, in float32: the MLP, the norm, and the MLP half of a decoder layer."""
 
-`pip install torch` (the CPU build is enough) and `transformers`; the test command of the README does not, so these
-tests then say that they skip.
-"""
+import contextlib
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-torch = pytest.importorskip("torch", reason="the peers extra is not installed: no torch", exc_type=ImportError)
-transformers = pytest.importorskip(
-    "transformers", reason="the peers extra is not installed: no transformers", exc_type=ImportError
-)
-from transformers.models.gemma2 import modeling_gemma2  # noqa: E402
+with contextlib.suppress(ModuleNotFoundError):  # then tests/conftest.py leaves these tests out
+    import torch
+    import transformers
+    from transformers.models.gemma2 import modeling_gemma2
 
-from gemma_mlp import MLPConfig, MLPParams, mlp, mlp_block, rms_norm  # noqa: E402
-from gemma_mlp.params import MLPBlockParams, RMSNormParams  # noqa: E402
-from gemma_mlp.testing import samples  # noqa: E402
-from gemma_mlp.testing.oracle import relative_error  # noqa: E402
+from gemma_mlp import MLPConfig, MLPParams, mlp, mlp_block, rms_norm
+from gemma_mlp.params import MLPBlockParams, RMSNormParams
+from gemma_mlp.testing import samples
+from gemma_mlp.testing.oracle import relative_error
+
+pytestmark = pytest.mark.needs_peers
 
 EMBED_DIM, HIDDEN_DIM = 64, 256
 CONFIG = MLPConfig(EMBED_DIM, HIDDEN_DIM)

@@ -66,7 +66,7 @@ def test_memory_of_this_machines_compiler():
     assert scanned["input", None] < scanned["gate_up", None] < scanned["plain", None]
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_the_command(tmp_path):
     command = [sys.executable, str(ROOT / "scripts" / "benchmark.py"), f"--config={ROOT}/configs/benchmark.py:2b"]
     small = ["preset=gemma3_270m", "tokens=(1,3)", "dtypes=('float32',)", "rounds=1", "accuracy_tokens=(3,)"]

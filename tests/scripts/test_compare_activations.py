@@ -25,7 +25,7 @@ import gemma_mlp
 from gemma_mlp.testing import oracle
 from tests.support.configs import get_config
 
-pytestmark = [pytest.mark.promotes, pytest.mark.long]
+pytestmark = [pytest.mark.promotes, pytest.mark.slow]
 
 ROOT = Path(__file__).parents[2]
 ACTIVATION = {  # Shazeer's names, arXiv:2002.05202

@@ -12,7 +12,7 @@ from train_toy.language_model import pure_functions
 import gemma_mlp
 from tests.support.configs import get_config
 
-pytestmark = [pytest.mark.promotes, pytest.mark.long]
+pytestmark = [pytest.mark.promotes, pytest.mark.slow]
 
 
 class TestGradientFlow:

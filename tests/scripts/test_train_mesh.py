@@ -16,7 +16,7 @@ from train_toy.training import train
 
 from tests.scripts.test_train_toy import ROOT, SMALL, config, metrics, text
 
-pytestmark = [pytest.mark.promotes, pytest.mark.long, pytest.mark.usefixtures("eight_devices")]
+pytestmark = [pytest.mark.promotes, pytest.mark.slow, pytest.mark.usefixtures("eight_devices")]
 RUN = SMALL | {"steps": 40, "batch_size": 8, "eval_every": 20, "checkpoint_every": 10}
 ROUNDING = 2e-5  # relative, of losses over 40 steps; 4e-6 is the most measured
 __all__ = ["text"]  # the fixture

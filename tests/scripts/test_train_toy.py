@@ -127,7 +127,7 @@ def test_the_model_is_causal():
     assert same[:9].all() and not same[9:].any()
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_killed_and_continued_gives_exactly_the_numbers_of_an_uninterrupted_run(text, tmp_path):
     steps = 400
     flags = {**SMALL, "steps": steps, "checkpoint_every": 20, "data": text}
@@ -177,7 +177,7 @@ def test_a_folder_of_another_run_is_refused_and_left_alone(text, finished, tmp_p
     assert metrics(workdir) == before
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_a_loss_that_is_not_finite_ends_the_run_without_a_checkpoint(text, tmp_path):
     with pytest.raises(FloatingPointError, match=r"Received: nan at step .* Fix: lower config.learning_rate"):
         train(config(tmp_path / "plain", text, learning_rate=1e30))
@@ -186,7 +186,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_without_a_checkpoint(text, tmp_p
         train(config(tmp_path / "checked", text, learning_rate=1e30, check_values=True))
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_the_way_out_of_a_bad_loss_works_in_the_same_folder(text, tmp_path):
     """The error says to pass --config.check_values=True; that must not count as another run."""
     with pytest.raises(FloatingPointError, match=r"check_values=True"):
