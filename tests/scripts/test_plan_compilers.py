@@ -1,4 +1,4 @@
-"""Plans by the chips' own compilers: loops and transfers are what arithmetic says."""
+"""Plans by the chips' own compilers: the transfers, and how often loops run, agree with arithmetic."""
 
 import json
 import os
@@ -12,7 +12,7 @@ from plan.stack import Case
 
 ROOT = Path(__file__).parents[2]
 D, F, LAYERS = 640, 2048, 18  # Gemma 3 270M
-pytestmark = pytest.mark.promotes  # optax does
+pytestmark = [pytest.mark.needs_compilers, pytest.mark.promotes]  # optax promotes
 
 
 def attempt(target, mesh, tokens=8192, program="train", preset="gemma3_270m"):
@@ -21,19 +21,19 @@ def attempt(target, mesh, tokens=8192, program="train", preset="gemma3_270m"):
 
 
 def sent(row, axes, *kinds):
-    """Bytes that a chip sends in transfers of these kinds, of all if none is named."""
+    """Bytes that a chip sends over `axes` in transfers of these kinds, or of all kinds if none is named."""
     assert not any(each["at_least"] for each in row["transfers"])
     chosen = (each for each in row["transfers"] if each["axes"] == axes and (not kinds or each["kind"] in kinds))
     return sum(each["sent_bytes"] for each in chosen)
 
 
 def test_a_training_step_on_h200s():
-    """On four rows by two columns of chips."""
+    """The mesh has four rows and two columns of chips."""
     row = attempt("h200:8", (1, 4, 2))
-    weights, stream = LAYERS * 3 * D * F // 2, LAYERS * 8192 * D  # of a chip's column; of a row
-    # Gradients, in float32; newer compilers have the norms' with them.
+    weights, stream = LAYERS * 3 * D * F // 2, LAYERS * 8192 * D  # numbers in a column of chips; in a row
+    # Gradients, in float32. Newer compilers send those of the norms with them.
     assert sent(row, "fsdp", "reduce-scatter") == pytest.approx(4 * weights * 3 / 4, rel=0.002)
-    # Weights, in bfloat16: three forwards; backwards gate and up once for what is computed again, all three for dx.
+    # Weights, in bfloat16: three in the forward pass; in the backward pass two to recompute gate and up, three for dx.
     assert sent(row, "fsdp", "all-gather") == pytest.approx(2 * weights / 3 * 8 * 3 / 4, rel=0.01)  # and the norms'
     assert sent(row, "tensor", "all-gather") == 3 * 2 * stream / 2  # x, x again, dy
     assert sent(row, "tensor", "reduce-scatter") == (2 + 4) * stream / 2  # y, and dx in float32
@@ -44,7 +44,7 @@ def test_a_training_step_on_h200s():
     [
         ("v5e:2x4", (1, 4, 2), True),
         ("v6e:2x4", (1, 4, 2), True),
-        ("v5e:4x8", (1, 16, 2), False),  # in loops within the loop over layers, of 17 steps where 15 would do
+        ("v5e:4x8", (1, 16, 2), False),  # its inner loops make 17 turns, of which 15 would be enough
     ],
 )
 def test_a_forward_pass_on_tpus(target, mesh, exact):
@@ -83,7 +83,10 @@ def test_the_command_searches(tmp_path):
 def test_the_command_says_when_nothing_fits(tmp_path):
     flags = ["--config.target=v5e:2x2", "--config.preset=gemma2_27b", f"--config.workdir={tmp_path}"]
     done = plan(*flags, "--search", "--config.meshes=('data=1,fsdp=4,tensor=1',)")
-    assert done.returncode == 1 and "Nothing fits v5e:2x2: of 15.75 GiB a chip, at least " in done.stdout
+    assert (
+        done.returncode == 1
+        and "Nothing fits v5e:2x2: a chip has 15.75 GiB, and the leanest case needs " in done.stdout
+    )
     block, *richer = json.loads((tmp_path / "plan.json").read_text())["rows"]
     assert block["needed_bytes"] > 15.75 * 2**30 and len(richer) == 2
     assert all(row["skipped"] == "save=block does not fit already" for row in richer)

@@ -1,4 +1,4 @@
-"""One layer of Gemma 2 27B, compiled for a pod of TPUs in bfloat16. Each row of chips has one sequence: 8,192 tokens."""
+"""One layer of Gemma 2 27B in bfloat16, compiled for a pod of TPUs with 8,192 tokens for each row of chips."""
 
 import dataclasses
 
