@@ -1,4 +1,4 @@
-"""Relative L2 error in bfloat16 against the float64 oracle of the tests, and the floor below which no error can go.
+"""Relative L2 error in bfloat16 against the float64 oracle of the tests, and the error that rounding alone makes.
 
 The row `floor` is the oracle, with one rounding to bfloat16 of each array that must be stored: h, y, the gradients of
 gate and up, and each result.
