@@ -47,14 +47,13 @@ UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
 class DoesNotFit(Exception):  # noqa: N818
-    """The program needs more memory than one chip has.
+    """The compiler refused a program. Each chip must have `needed_bytes` of memory for it, but has less."""
 
-    Attributes:
-      needed_bytes: the memory that the program needs on each chip, as the compiler's error states it.
-    """
-
-    def __init__(self, needed_bytes: float, message: str):
-        super().__init__(message)
+    def __init__(self, needed_bytes: float):
+        super().__init__(
+            "A program must fit the memory of a chip. "
+            f"Got: one that needs {needed_bytes / 2**30:.2f} GiB. Fix: take more chips, larger chips or smaller arrays."
+        )
         self.needed_bytes = needed_bytes
 
 
@@ -146,7 +145,7 @@ def compile_for(
         needed = NEEDED_MEMORY.search(str(error))
         if "RESOURCE_EXHAUSTED" not in str(error) or needed is None:
             raise
-        raise DoesNotFit(float(needed[1]) * UNITS[needed[2]], str(error)) from error
+        raise DoesNotFit(float(needed[1]) * UNITS[needed[2]]) from error
     memory, cost, text = compiled.memory_analysis(), compiled.cost_analysis(), compiled.as_text()
     assert memory is not None
     assert text is not None

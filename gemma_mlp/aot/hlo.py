@@ -151,8 +151,8 @@ class _Program:
                     for channel, fused, each in self.transfers(called, times, loop, inside):
                         yield channel, fused, _scattered(each, instruction) if called.startswith(SCATTER) else each
 
-    # The CPU's and the GPU's compilers write known_trip_count next to a loop. The TPU compilers do not, so the next three
-    # methods derive it from the start, the step and the bound of the loop's counter.
+    # The CPU's and the GPU's compilers write known_trip_count next to a loop. The TPU compilers do not, so the next
+    # three methods derive it from the start, the step and the bound of the loop's counter.
 
     def trip_count(self, loop: Loop) -> int | None:
         """How many turns a loop makes, or None if that cannot be told."""

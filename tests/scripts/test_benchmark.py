@@ -68,7 +68,7 @@ def test_memory_of_this_machines_compiler():
 
 def test_a_program_that_does_not_fit_has_an_empty_cell(monkeypatch):
     def gradient_bytes(*args, **options):
-        raise aot.DoesNotFit(2**40, "too large")
+        raise aot.DoesNotFit(2**40)
 
     monkeypatch.setattr(memory, "gradient_bytes", gradient_bytes)
     rows = list(memory.measure("gemma3_270m", {"CPU": ("cpu", None)}, tokens=1, layers=1, chunk_size=1))
