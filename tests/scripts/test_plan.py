@@ -29,9 +29,7 @@ class TestChips:
 
     @pytest.mark.parametrize("target", ["v5e", "tpu v5e:2x2", "h100:8", "v5e:2x", "v5e:0x2", ""])
     def test_an_unknown_target_is_explained(self, target):
-        with pytest.raises(
-            ValueError, match=r"must be CHIP:TOPOLOGY, where the chip is one of v5e, v5p, v6e, h200\."
-        ):
+        with pytest.raises(ValueError, match=r"must be CHIP:TOPOLOGY, where the chip is one of v5e, v5p, v6e, h200\."):
             chips.parse(target)
 
     def test_figures(self):
