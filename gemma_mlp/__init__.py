@@ -2,11 +2,10 @@
 
 from gemma_mlp import aot, checks, layouts, linen, nnx, sharding
 from gemma_mlp.activations import ACTIVATIONS
-from gemma_mlp.block import mlp, mlp_block, mlp_hidden
+from gemma_mlp.block import mlp, mlp_block, mlp_hidden, rms_norm
 from gemma_mlp.config import PRESETS, MLPConfig
 from gemma_mlp.op.api import feed_forward, hidden_activations
 from gemma_mlp.params import MLPBlockParams, MLPParams, RMSNormParams
-from gemma_mlp.rms_norm import rms_norm
 
 __all__ = [
     "ACTIVATIONS",

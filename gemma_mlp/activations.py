@@ -1,40 +1,102 @@
-"""The activations that make up the GLU family, by name.
+"""The activations of the GLU family, by name.
 
-Shazeer, "GLU Variants Improve Transformer" (arXiv:2002.05202), section 2: every member is
-`activation(x @ W + b) * (x @ V + c)`.
+Shazeer, "GLU Variants Improve Transformer" (arXiv:2002.05202), section 2: every member of the family is
+`activation(x @ W + b) * (x @ V + c)`. GELU is defined in Hendrycks and Gimpel (arXiv:1606.08415, section 2).
 """
 
+import math
 from collections.abc import Callable
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float
 
 Activation = Literal["gelu_tanh", "gelu", "silu", "relu", "sigmoid", "identity"]
+SQRT_2_OVER_PI, CUBIC = math.sqrt(2 / math.pi), 0.044715  # of GELU's tanh form
 
 
-def gelu_tanh(x: jax.Array) -> jax.Array:
-    """0.5 x (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3))): GELU as Gemma computes it (arXiv:1606.08415, section 2).
+class GateActivation(NamedTuple):
+    """One member of the GLU family. Calling it applies `function`.
 
-    Called `gelu_pytorch_tanh` by Hugging Face. It differs from the erf form by up to 4.73e-4, near x = -2.70.
+    Attributes:
+      function: the activation.
+      derivative: its derivative, which the backward pass of every backend uses.
+      huggingface: what a Hugging Face config.json calls it (transformers' ACT2FN); None where none of theirs is read.
     """
-    return jax.nn.gelu(x, approximate=True)
+
+    function: Callable[[Array], Array]
+    derivative: Callable[[Array], Array]
+    huggingface: str | None = None
+
+    def __call__(self, x: Array) -> Array:
+        return self.function(x)
+
+    def gated(self, gate: Float[Array, "*B F"], up: Float[Array, "*B F"]) -> Float[Array, "*B F"]:
+        """h = activation(gate) * up."""
+        return self.function(gate) * up
+
+    def gated_gradients(self, gate: Array, up: Array, dh: Array) -> tuple[Array, Array]:
+        """The gradients of gate and up, for the gradient dh of h."""
+        return dh * up * self.derivative(gate), dh * self.function(gate)
 
 
-def gelu(x: jax.Array) -> jax.Array:
-    """x (1 + erf(x / sqrt(2))) / 2: GELU in its exact form (arXiv:1606.08415, section 2)."""
-    return jax.nn.gelu(x, approximate=False)
+def gelu_tanh(x: Array) -> Array:
+    """0.5 x (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3))): GELU as Gemma computes it.
+
+    It differs from the erf form by up to 4.73e-4, near x = -2.70.
+    """
+    return x * (0.5 * (1 + _tanh_of_cubic(x)))
 
 
-def identity(x: jax.Array) -> jax.Array:
+def gelu_tanh_derivative(x: Array) -> Array:
+    tanh = _tanh_of_cubic(x)
+    return 0.5 * (1 + tanh) + 0.5 * x * (1 - tanh * tanh) * SQRT_2_OVER_PI * (1 + 3 * CUBIC * x * x)
+
+
+def _tanh_of_cubic(x):
+    return jnp.tanh(SQRT_2_OVER_PI * (x + CUBIC * x**3))
+
+
+def gelu(x: Array) -> Array:
+    """x (1 + erf(x / sqrt(2))) / 2: GELU in its exact form."""
+    return x * _normal_cdf(x)
+
+
+def gelu_derivative(x: Array) -> Array:
+    return _normal_cdf(x) + x * jnp.exp(-0.5 * x * x) / math.sqrt(2 * math.pi)
+
+
+def _normal_cdf(x):
+    return 0.5 * lax.erfc(-x * math.sqrt(0.5))  # erfc keeps the digits of the negative tail, which 1 + erf loses
+
+
+def silu_derivative(x: Array) -> Array:
+    sigmoid = jax.nn.sigmoid(x)
+    return sigmoid * (1 + x * (1 - sigmoid))
+
+
+def relu_derivative(x: Array) -> Array:
+    """1 for x > 0, else 0."""
+    return jnp.where(x > 0, 1.0, 0.0).astype(x.dtype)
+
+
+def sigmoid_derivative(x: Array) -> Array:
+    sigmoid = jax.nn.sigmoid(x)
+    return sigmoid * (1 - sigmoid)
+
+
+def identity(x: Array) -> Array:
     """x: the gate of the bilinear layer."""
     return x
 
 
-ACTIVATIONS: dict[Activation, Callable[[jax.Array], jax.Array]] = {
-    "gelu_tanh": gelu_tanh,  # GEGLU, tanh form (Gemma)
-    "gelu": gelu,  # GEGLU, erf form
-    "silu": jax.nn.silu,  # SwiGLU
-    "relu": jax.nn.relu,  # ReGLU
-    "sigmoid": jax.nn.sigmoid,  # GLU
-    "identity": identity,  # Bilinear
+ACTIVATIONS: dict[Activation, GateActivation] = {
+    "gelu_tanh": GateActivation(gelu_tanh, gelu_tanh_derivative, "gelu_pytorch_tanh"),  # GEGLU, tanh form (Gemma)
+    "gelu": GateActivation(gelu, gelu_derivative, "gelu"),  # GEGLU, erf form
+    "silu": GateActivation(jax.nn.silu, silu_derivative, "silu"),  # SwiGLU
+    "relu": GateActivation(jax.nn.relu, relu_derivative, "relu"),  # ReGLU
+    "sigmoid": GateActivation(jax.nn.sigmoid, sigmoid_derivative),  # GLU
+    "identity": GateActivation(identity, jnp.ones_like),  # Bilinear
 }

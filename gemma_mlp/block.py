@@ -1,38 +1,68 @@
-"""The MLP and the whole block around it, as a config describes them."""
+"""RMSNorm, the MLP, and the whole block around it, as a config describes them."""
 
 import functools
 from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
+from gemma_mlp.checks import describe, ensure_finite, require
 from gemma_mlp.config import MLPConfig
 from gemma_mlp.dtypes import accumulation_dtype, compute_dtype
-from gemma_mlp.op.api import feed_forward, hidden_activations
+from gemma_mlp.mesh import placed_automatically, spec_of
+from gemma_mlp.op import api
 from gemma_mlp.params import MLPBlockParams, MLPParams
-from gemma_mlp.rms_norm import rms_norm
+
+
+def rms_norm(
+    scale: Float[Array, " D"], x: Float[Array, "*B D"], *, eps: float = 1e-6, dtype: Any = None
+) -> Float[Array, "*B D"]:
+    """y = x / sqrt(mean(x^2) + eps) * (1 + scale), in float32, rounded once.
+
+    As in Gemma's checkpoints, the weight is stored around zero. Order and precision are those of Hugging Face's
+    `Gemma2RMSNorm`: everything in float32 (float64 for float64 input), cast last.
+
+    Args:
+      scale: w, [D].
+      x: any leading axes, [*B, D].
+      eps: added to the mean square, under the root.
+      dtype: of the result; None: the common type of `scale` and `x`.
+
+    Raises:
+      ValueError: if `scale` does not match the last axis of `x`, or for a dtype that is not supported.
+    """
+    require(
+        x.ndim >= 1 and scale.shape == x.shape[-1:],
+        "rms_norm scales the last axis of x, so scale must be [D] and x [*B, D].",
+        f"scale {describe(scale)}, x {describe(x)}",
+        "check the config's embed_dim against the model's width.",
+    )
+    scale, x = ensure_finite("scale", scale), ensure_finite("x", x)
+    dtype = compute_dtype(dtype, scale=scale, x=x)
+    wide = accumulation_dtype(dtype, scale.dtype, x.dtype)
+
+    def normalise(scale, x):
+        x_BD, factor_BD = x.astype(wide), jnp.broadcast_to(1 + scale.astype(wide), x.shape)
+        mean_square_B1 = jnp.mean(jnp.square(x_BD), axis=-1, keepdims=True)
+        return (x_BD * jax.lax.rsqrt(mean_square_B1 + eps) * factor_BD).astype(dtype)
+
+    return placed_automatically(normalise, lambda scale, x: spec_of(x))(scale, x)
 
 
 def mlp(
     params: MLPParams, x: Float[Array, "*B D"], config: MLPConfig, *, dropout_key: Key[Array, ""] | None = None
 ) -> Float[Array, "*B D"]:
     """:func:`gemma_mlp.feed_forward` with the options of `config`; without a `dropout_key`, dropout is off."""
-    return feed_forward(
-        params,
-        x,
-        save=config.save,
-        chunk_size=config.chunk_size,
-        implementation=config.implementation,
-        **_options(config, dropout_key),
-    )
+    return api.apply(params, x, config, dropout_key)
 
 
 def mlp_hidden(
     params: MLPParams, x: Float[Array, "*B D"], config: MLPConfig, *, dropout_key: Key[Array, ""] | None = None
 ) -> Float[Array, "*B F"]:
     """The hidden activations of :func:`mlp`, [*B, F]."""
-    return hidden_activations(params, x, implementation=config.implementation, **_options(config, dropout_key))
+    return api.apply_hidden(params, x, config, dropout_key)
 
 
 def mlp_block(
@@ -42,8 +72,8 @@ def mlp_block(
 
     Gemma 1 has no post_norm. Norms and sum are float32; the residual stream keeps the dtype of x.
 
-    With `save="input"` the backward pass keeps x, what the MLP receives and what it returns, [*B, D] each in the
-    dtypes that they have; the norms are computed again. `jax.checkpoint` around the block leaves x alone.
+    With `save="input"`, three arrays [*B, D] are saved for the backward pass: x, what the MLP receives and what it
+    returns. The norms are recomputed. `jax.checkpoint` around the block saves x alone.
 
     Args:
       params: as `MLPBlockParams.init(config, key)` makes them.
@@ -66,8 +96,9 @@ def mlp_block(
     )
 
 
-# Of a norm JAX would keep several float32 [*B, D]. With barriers unrolled stacks take more memory on TPUs.
-_computed_again = functools.partial(jax.checkpoint, prevent_cse=False)
+# The backward pass recomputes the norms: JAX would otherwise save several float32 [*B, D] arrays for each. Barriers
+# (prevent_cse) would make unrolled stacks use more memory on TPUs.
+_recomputed = functools.partial(jax.checkpoint, prevent_cse=False)
 
 
 def add_branch(
@@ -78,16 +109,16 @@ def add_branch(
     post_scale: Float[Array, " D"] | None,
     config: MLPConfig,
 ) -> Float[Array, "*B D"]:
-    """x + post_norm(branch(pre_norm(x))), float32 but for what the branch receives, rounded once."""
+    """x + post_norm(branch(pre_norm(x))) in float32, rounded once. `branch` gets its input in the compute dtype."""
     wide = accumulation_dtype(x.dtype, config.dtype or x.dtype)
     dtype = compute_dtype(config.dtype, x=x, pre_scale=pre_scale)
 
-    @_computed_again
+    @_recomputed
     def before(pre_scale, x_BD):
-        x_BD = x_BD.astype(wide)  # here, so that both of its gradients are added before they are rounded
+        x_BD = x_BD.astype(wide)  # here, so that the two gradients of x are added before they are rounded
         return x_BD, rms_norm(pre_scale, x_BD, eps=config.norm_eps, dtype=dtype)
 
-    @_computed_again
+    @_recomputed
     def after(post_scale, y_BD):
         return rms_norm(post_scale, y_BD, eps=config.norm_eps, dtype=wide)
 
@@ -96,13 +127,3 @@ def add_branch(
     if post_scale is not None:
         y_BD = after(post_scale, y_BD)
     return (x_BD + y_BD.astype(wide)).astype(x.dtype)
-
-
-def _options(config: MLPConfig, dropout_key: Key[Array, ""] | None) -> dict[str, Any]:
-    return {
-        "activation": config.activation,
-        "dtype": config.dtype,
-        "dropout_rate": config.dropout_rate if dropout_key is not None else 0.0,
-        "dropout_key": dropout_key,
-        "axis_rules": config.axis_rules,
-    }

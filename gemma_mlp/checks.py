@@ -1,10 +1,11 @@
-"""Static checks with errors that help, and value checks on request.
+"""Checks: errors that say how to mend them, and checks of values on request.
 
-Static facts (config values, ranks, axis sizes, dtypes) are checked while JAX traces and cost nothing when
-the program runs. Values (are all numbers finite?) are checked only inside :func:`check_values`.
+Static facts (config values, ranks, axis sizes, dtypes) are checked while JAX traces and cost nothing when the program
+runs. Values (are all numbers finite?) are checked only inside :func:`check_values`.
 """
 
 import functools
+import operator
 from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,15 +18,29 @@ P = ParamSpec("P")
 R = TypeVar("R")
 T = TypeVar("T")
 
-# A user context is part of the key of JAX's caches: a function that was traced with the
-# checks off is traced again once they are on, and the other way round.
+# A user context is part of the key of JAX's caches: a function that was traced with the checks off is traced again once
+# they are on, and the other way round.
 _values_are_checked = jax.make_user_context(default_value=False)
 
 
 def require(condition: bool, rule: str, received: str, fix: str) -> None:
-    """Raises ValueError, with the rule, what was received and the likely fix, unless `condition` holds."""
+    """Raises ValueError, with the rule, what came and the likely fix, unless `condition` holds."""
     if not condition:
-        raise ValueError(f"{rule} Received: {received}. Fix: {fix}")
+        raise ValueError(f"{rule} Got: {received}. Fix: {fix}")
+
+
+def positive_int(name: str, value: Any) -> int:
+    """`value` as an int. Raises ValueError unless it is a whole number of at least 1."""
+    rule, fix = f"{name} must be a whole number of at least 1.", "give the size as a positive int."
+    require(not isinstance(value, bool) and hasattr(value, "__index__"), rule, repr(value), fix)
+    require(operator.index(value) >= 1, rule, repr(value), fix)
+    return operator.index(value)
+
+
+def require_choice(name: str, value: Any, choices: Any) -> None:
+    """Raises ValueError unless `value` is one of the names in `choices`."""
+    known = isinstance(value, str) and value in choices
+    require(known, f"{name} must be one of {', '.join(choices)}.", repr(value), "use one of these names.")
 
 
 def require_new(path: Path) -> None:
@@ -39,7 +54,7 @@ def explained(rule: str, received: str, fix: str):
     try:
         yield
     except AssertionError as error:
-        raise ValueError(f"{rule} Received: {received}. Fix: {fix}") from error
+        raise ValueError(f"{rule} Got: {received}. Fix: {fix}") from error
 
 
 def describe(array: Any) -> str:
@@ -52,22 +67,22 @@ def describe(array: Any) -> str:
 def check_values(function: Callable[P, R]) -> Callable[P, R]:
     """Runs `function` under jit with every value assertion of this package switched on.
 
-    The one switch: wrap a call of a module, a function or a whole training step, jitted already or not::
+    Wrap a call of a module, a function or a whole training step, jitted already or not::
 
         y = check_values(mlp)(x)
         step = check_values(train_step)
 
-    Each norm and each feed-forward inside asserts that its parameters and its input are finite, a feed-forward
-    that its output is, and all of them, where they are differentiated, that their gradients are; under scan,
-    remat and vmap too. Reverse mode only: an assertion cannot be differentiated forwards. (When Python exits,
-    chex warns of statuses that were not inspected; here all were.)
+    Each norm and each feed-forward inside asserts that its parameters and its input are finite. A feed-forward also
+    asserts that its output is finite. All of them assert that their gradients are, if they are differentiated; this
+    works under scan, remat and vmap too. Reverse mode only: JAX cannot differentiate an assertion forwards. (When
+    Python exits, chex warns of statuses that were not inspected; here all were.)
 
     Args:
       function: a pure function of pytrees of arrays.
 
     Returns:
-      A function that computes the same, waits for the result, and raises AssertionError with the name of
-      the offending array if an assertion failed.
+      A function that computes the same, waits for the result, and raises AssertionError with the name of the array that
+      is not finite, if there is one.
     """
     checked = chex.chexify(jax.jit(lambda *args, **kwargs: function(*args, **kwargs)), async_check=False)
 
@@ -80,12 +95,12 @@ def check_values(function: Callable[P, R]) -> Callable[P, R]:
 
 
 def ensure_finite(name: str, tree: T) -> T:
-    """Returns `tree`; traced inside :func:`check_values`, asserts that it and its cotangent are finite."""
+    """Returns `tree`. Inside :func:`check_values` it also asserts that `tree` and its gradient are finite."""
     return _ensure_finite(name, tree) if _values_are_checked.value else tree
 
 
-# The backward pass asserts once more, inside a jit whose result is used: an assertion of the
-# forward pass alone is dropped when JAX differentiates a scan (seen on 0.10.2 and 0.12).
+# The backward pass asserts once more, inside a jit whose result is used: JAX drops the forward pass's assertion when it
+# differentiates a scan (seen on 0.10.2 and 0.12).
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _ensure_finite(name, tree):
     chex.assert_tree_all_finite({name: tree})

@@ -2,12 +2,11 @@
 
 import dataclasses
 import math
-import operator
 import types
 from typing import Any, Literal, get_args
 
 from gemma_mlp.activations import ACTIVATIONS, Activation
-from gemma_mlp.checks import require
+from gemma_mlp.checks import positive_int, require, require_choice
 from gemma_mlp.dtypes import dtype_name
 from gemma_mlp.mesh import Rules, require_rules
 
@@ -17,27 +16,27 @@ Implementation = Literal["xla", "pallas"]
 
 @dataclasses.dataclass(frozen=True)
 class MLPConfig:
-    """Sizes and numerics of one feed-forward block.
+    """Sizes and numerics of one feed-forward block. :func:`gemma_mlp.feed_forward` says more of each option.
 
     Attributes:
       embed_dim: D, the width of the residual stream.
-      hidden_dim: F, the width of one branch. The Gemma 2 report (arXiv:2408.00118, table 1) prints gate and
-        up together, that is 2F.
-      activation: the gate's activation; one of Shazeer's GLU family (arXiv:2002.05202).
+      hidden_dim: F, the width of one branch. The Gemma 2 report (arXiv:2408.00118, table 1) prints gate and up
+        together, that is 2F.
+      activation: the gate's activation, a name of `gemma_mlp.ACTIVATIONS` (Shazeer's GLU family, arXiv:2002.05202).
       use_bias: adds a bias to each of the three projections. Gemma has none.
-      dropout_rate: the share of hidden activations set to zero in training, in [0, 1). Gemma uses 0.
-      dtype: what the products take and what the MLP returns; None: the common type of parameters and input.
-      param_dtype: what the parameters are initialised in and kept in.
+      dropout_rate: the share of hidden activations that training sets to zero, in [0, 1). Gemma uses 0.
+      dtype: the dtype of the matmuls and of the MLP's result; None: the common type of parameters and input.
+      param_dtype: the dtype in which parameters are initialised and stored.
       norm_eps: added to the mean square in the block's two norms.
-      post_norm: whether the block normalises the MLP's output before it joins the residual stream, as
-        Gemma 2 and 3 do and Gemma 1 does not.
-      save: what the backward pass keeps; see :func:`gemma_mlp.feed_forward`.
-      chunk_size: positions at a time, so that no [T, F] array exists; None: all; see the same.
-      axis_rules: which mesh axes each logical axis is split over; None: XLA decides; see the same.
-      implementation: whose products: `xla`, or the kernels of `pallas`; None: the fastest known; see the same.
+      post_norm: whether the block normalises the MLP's output before it is added to the residual stream, as Gemma 2
+        and 3 do and Gemma 1 does not.
+      save: what is saved for the backward pass: `input`, `gate_up` or `autodiff`.
+      chunk_size: how many positions to compute at once, so that no [T, F] array exists; None: all of them.
+      axis_rules: which mesh axes each logical axis is split over; None: XLA decides.
+      implementation: `xla`, or `pallas` for this package's kernels; None: the fastest known.
 
     Raises:
-      ValueError: at construction, for any value outside what is said here.
+      ValueError: at construction, for any other value.
     """
 
     embed_dim: int
@@ -59,18 +58,24 @@ class MLPConfig:
             object.__setattr__(self, name, positive_int(name, getattr(self, name)))
         for name in ("use_bias", "post_norm"):
             value = getattr(self, name)
-            require(isinstance(value, bool), f"{name} is True or False.", repr(value), "pass a bool.")
+            require(isinstance(value, bool), f"{name} must be True or False.", repr(value), "pass a bool.")
         require_choice("activation", self.activation, ACTIVATIONS)
         require_choice("save", self.save, get_args(Save))
-        require_dropout_rate(self.dropout_rate)
+        if self.implementation is not None:
+            require_choice("implementation", self.implementation, get_args(Implementation))
+        require(
+            _is_real(self.dropout_rate) and 0 <= self.dropout_rate < 1,
+            "dropout_rate must be a number in [0, 1).",
+            repr(self.dropout_rate),
+            "it is the share of hidden activations that is dropped; 0 switches dropout off.",
+        )
         if self.chunk_size is not None:
             object.__setattr__(self, "chunk_size", positive_int("chunk_size", self.chunk_size))
         if self.axis_rules is not None:
             require_rules(self.axis_rules)
-        require_implementation(self.implementation)
         require(
-            is_real(self.norm_eps) and self.norm_eps > 0,
-            "norm_eps is a positive finite number.",
+            _is_real(self.norm_eps) and self.norm_eps > 0,
+            "norm_eps must be a positive finite number.",
             repr(self.norm_eps),
             "Gemma uses 1e-6.",
         )
@@ -79,35 +84,8 @@ class MLPConfig:
         object.__setattr__(self, "param_dtype", dtype_name("param_dtype", self.param_dtype))
 
 
-def positive_int(name: str, value: Any) -> int:
-    """`value` as an int, if it is a whole number of at least 1."""
-    rule, fix = f"{name} is a whole number of at least 1.", "give the size as a positive int."
-    require(not isinstance(value, bool) and hasattr(value, "__index__"), rule, repr(value), fix)
-    require(operator.index(value) >= 1, rule, repr(value), fix)
-    return operator.index(value)
-
-
-def is_real(value: Any) -> bool:
+def _is_real(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def require_choice(name: str, value: Any, choices: Any) -> None:
-    known = isinstance(value, str) and value in choices
-    require(known, f"{name} is one of {', '.join(choices)}.", repr(value), "use one of these names.")
-
-
-def require_implementation(value: Any) -> None:
-    if value is not None:
-        require_choice("implementation", value, get_args(Implementation))
-
-
-def require_dropout_rate(rate: Any) -> None:
-    require(
-        is_real(rate) and 0 <= rate < 1,
-        "dropout_rate is a number in [0, 1).",
-        repr(rate),
-        "it is the share of hidden activations that is dropped; 0 switches dropout off.",
-    )
 
 
 class _Presets(dict[str, MLPConfig]):
@@ -119,7 +97,7 @@ def _preset(embed_dim: int, hidden_dim: int, **overrides: Any) -> MLPConfig:
     return MLPConfig(embed_dim, hidden_dim, dtype="bfloat16", **overrides)
 
 
-# (embed_dim, hidden_dim of one branch) per published model, bfloat16 compute over float32 parameters.
+# (embed_dim, hidden_dim of one branch) of each published model; bfloat16 matmuls over float32 parameters. Read-only.
 PRESETS: types.MappingProxyType[str, MLPConfig] = types.MappingProxyType(
     _Presets(
         # Gemma 1 report (arXiv:2403.08295), table 1, which prints 2F; no norm after the MLP.

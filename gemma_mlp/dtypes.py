@@ -14,8 +14,8 @@ def dtype_name(name: str, dtype: Any) -> str:
     """The canonical name of a supported dtype, given as a name, a NumPy dtype or a JAX scalar type.
 
     Raises:
-      ValueError: for any other. float16 is refused because its largest number, 65504, is passed at the down
-        projection of real Gemma weights.
+      ValueError: for any other. float16 is refused because the down projection of real Gemma weights exceeds its
+        largest number, 65504.
     """
     try:
         canonical = jnp.dtype(dtype).name if dtype is not None else "None"
@@ -23,20 +23,20 @@ def dtype_name(name: str, dtype: Any) -> str:
         canonical = repr(dtype)
     require(
         canonical != "float16",
-        f"{name} is not float16: its largest number, 65504, is passed at the down projection of real Gemma weights.",
+        f"{name} must not be float16: the down projection of real Gemma weights exceeds its largest number, 65504.",
         canonical,
         "use bfloat16, which has the range of float32.",
     )
-    require(canonical in DTYPES, f"{name} is one of {', '.join(DTYPES)}.", canonical, "use one of these.")
+    require(canonical in DTYPES, f"{name} must be one of {', '.join(DTYPES)}.", canonical, "use one of these.")
     return canonical
 
 
 def compute_dtype(dtype: Any, **arrays: Any) -> jnp.dtype:
-    """`dtype`, or the common type of `arrays` where it is None, once all of them are known to be supported."""
+    """`dtype`, or if that is None the common type of `arrays`. Raises ValueError unless all are supported."""
     for name, array in arrays.items():
         require(
             hasattr(array, "dtype") and array.dtype.name in DTYPES,
-            f"{name} is an array of {', '.join(DTYPES)}.",
+            f"{name} must be an array of {', '.join(DTYPES)}.",
             describe(array),
             "convert it first; float16 overflows on real Gemma weights, bfloat16 does not.",
         )
@@ -51,10 +51,10 @@ def compute_dtype(dtype: Any, **arrays: Any) -> jnp.dtype:
 
 
 def accumulation_dtype(*dtypes: Any) -> jnp.dtype:
-    """float32, in which products are summed and element-wise work is done; float64 where that takes part."""
+    """The dtype of sums and of element-wise work: float32, or float64 if one of `dtypes` is."""
     return jnp.dtype(widest("float32", *dtypes))
 
 
 def widest(*dtypes: Any) -> str:
-    """The widest of some supported dtypes, which is what they promote to."""
+    """The widest of some supported dtypes, to which they promote."""
     return max((jnp.dtype(dtype).name for dtype in dtypes), key=DTYPES.index)

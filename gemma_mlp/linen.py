@@ -1,14 +1,13 @@
-"""The Linen shell: modules that hold and name parameters. The arithmetic is in the functional core."""
+"""The Linen shell: modules that hold and name parameters. The arithmetic is in gemma_mlp.block and gemma_mlp.op."""
 
 from typing import Any
 
 from flax import linen as nn
 from jaxtyping import Array, Float
 
-from gemma_mlp.block import add_branch, mlp, mlp_hidden
+from gemma_mlp.block import add_branch, mlp, mlp_hidden, rms_norm
 from gemma_mlp.config import MLPConfig
-from gemma_mlp.params import MLPParams, ParamSpec, RMSNormParams
-from gemma_mlp.rms_norm import rms_norm
+from gemma_mlp.params import LeafSpec, MLPParams, RMSNormParams, named_leaves
 
 
 class MLP(nn.Module):
@@ -56,6 +55,8 @@ class RMSNorm(nn.Module):
 class MLPBlock(nn.Module):
     """x + post_norm(mlp(pre_norm(x))), as in :func:`gemma_mlp.mlp_block`.
 
+    The block reads the `scale` of its two norms and does not call them.
+
     Attributes:
       config: sizes and numerics; `post_norm=False` leaves the second norm out, as in Gemma 1.
     """
@@ -79,14 +80,15 @@ class MLPBlock(nn.Module):
 
 
 class LogicalAxes(nn.LogicallyPartitioned):
-    """Logical axis names that `nnx.bridge` carries over to NNX without a mesh, as the NNX shell has them."""
+    """Logical axis names that `nnx.bridge` can carry over to NNX without a mesh."""
 
     def to_nnx_metadata(self) -> dict[str, Any]:
         return super().to_nnx_metadata() | {"eager_sharding": False}
 
 
-def _params(module: nn.Module, specs: dict[str, ParamSpec], config: MLPConfig) -> dict[str, Any]:
-    def boxed(spec):
+def _params(module: nn.Module, specs: MLPParams | RMSNormParams, config: MLPConfig) -> dict[str, Any]:
+    def boxed(spec: LeafSpec):
         return lambda key, shape, dtype: LogicalAxes(spec.init(key, shape, dtype), spec.axes)
 
-    return {name: module.param(name, boxed(spec), spec.shape, config.param_dtype) for name, spec in specs.items()}
+    leaves = named_leaves(specs).items()
+    return {name: module.param(name, boxed(spec), spec.shape, config.param_dtype) for name, spec in leaves}

@@ -1,21 +1,20 @@
-"""The NNX shell: modules that hold and name parameters. The arithmetic is in the functional core."""
+"""The NNX shell: modules that hold and name parameters. The arithmetic is in gemma_mlp.block and gemma_mlp.op."""
 
 from flax import nnx
 from jaxtyping import Array, Float
 
-from gemma_mlp.block import add_branch, mlp, mlp_hidden
+from gemma_mlp.block import add_branch, mlp, mlp_hidden, rms_norm
 from gemma_mlp.config import MLPConfig
-from gemma_mlp.params import MLPParams, ParamSpec, RMSNormParams
-from gemma_mlp.rms_norm import rms_norm
+from gemma_mlp.params import MLPParams, RMSNormParams, named_leaves
 
 
 class MLP(nnx.Module):
     """Gemma's gated MLP; formula, shapes and errors as in :func:`gemma_mlp.feed_forward`.
 
     Parameters are `gate_proj` [D, F], `up_proj` [D, F], `down_proj` [F, D] and, with `config.use_bias`,
-    `gate_bias` [F], `up_bias` [F], `down_bias` [D], annotated with the logical axes `embed` and `mlp`. There is
-    RNG state only where `config.dropout_rate` is positive. Under `nnx.capture(..., nnx.Intermediate)` the hidden
-    activations are sown as `hidden`.
+    `gate_bias` [F], `up_bias` [F], `down_bias` [D], annotated with the logical axes `embed` and `mlp`. There is RNG
+    state only if `config.dropout_rate` is positive. Under `nnx.capture(..., nnx.Intermediate)` the hidden activations
+    are sown as `hidden`.
 
     Args:
       config: sizes and numerics.
@@ -46,15 +45,15 @@ class MLP(nnx.Module):
           deterministic: True switches dropout off; None: as `train()` and `eval()` set it.
           rngs: draws the dropout mask instead of the module's own stream.
         """
-        params = MLPParams(**{name: getattr(self, name)[...] for name in MLPParams.specs(self.config)})
+        params = MLPParams(**{name: getattr(self, name)[...] for name in named_leaves(MLPParams.specs(self.config))})
         key = self._dropout_key(self.deterministic if deterministic is None else deterministic, rngs)
-        # Outside nnx.capture, flax before 0.12.12 would turn `sow` into a new attribute.
+        # `__captures__` is what nnx.capture sets. Outside of it, flax before 0.12.12 turns `sow` into a new attribute.
         if hasattr(self, "__captures__"):
             self.sow(nnx.Intermediate, "hidden", mlp_hidden(params, x, self.config, dropout_key=key))
         return mlp(params, x, self.config, dropout_key=key)
 
     def set_view(self, deterministic: bool | None = None):
-        """What `nnx.view(model, deterministic=...)` calls."""
+        """Switches dropout off or on; `nnx.view(model, deterministic=...)` calls this."""
         if deterministic is not None:
             self.deterministic = deterministic
 
@@ -82,6 +81,8 @@ class RMSNorm(nnx.Module):
 
 class MLPBlock(nnx.Module):
     """x + post_norm(mlp(pre_norm(x))), as in :func:`gemma_mlp.mlp_block`.
+
+    The block reads the `scale` of its two norms and does not call them.
 
     Args:
       config: sizes and numerics; `post_norm=False` leaves the second norm out, as in Gemma 1.
@@ -111,8 +112,8 @@ class MLPBlock(nnx.Module):
         )
 
 
-def _add_params(module: nnx.Module, specs: dict[str, ParamSpec], config: MLPConfig, rngs: nnx.Rngs) -> None:
-    for name, spec in specs.items():
+def _add_params(module: nnx.Module, specs: MLPParams | RMSNormParams, config: MLPConfig, rngs: nnx.Rngs) -> None:
+    for name, spec in named_leaves(specs).items():
         value = spec.init(rngs.params(), spec.shape, config.param_dtype)
-        # Logical names are not mesh axes, so nothing is placed here: a model is made with or without a mesh.
+        # Logical names are not mesh axes, so nothing is sharded here: a model is made with or without a mesh.
         setattr(module, name, nnx.Param(value, out_sharding=spec.axes, eager_sharding=False))

@@ -1,4 +1,4 @@
-"""The parameters of the MLP and of the block around it, as plain pytrees: shapes, initialisers, logical axes."""
+"""The parameters of the MLP and of the block around it, as plain pytrees: one table of leaves, and what follows."""
 
 import dataclasses
 from collections.abc import Callable
@@ -9,13 +9,50 @@ from jaxtyping import Array, Float, Key
 
 from gemma_mlp.config import MLPConfig
 
+# Every leaf and its axes: D is embed_dim, F is hidden_dim. Weights are stored (in, out).
+LEAVES = {
+    "gate_proj": "DF",
+    "up_proj": "DF",
+    "down_proj": "FD",
+    "gate_bias": "F",
+    "up_bias": "F",
+    "down_bias": "D",
+    "pre_norm": "D",
+    "post_norm": "D",
+}
+WEIGHTS = tuple(name for name, axes in LEAVES.items() if len(axes) == 2)
+BIASES = tuple(name for name in LEAVES if name.endswith("_bias"))
+LOGICAL_NAMES = {"D": "embed", "F": "mlp"}  # of the axes, in the words of T5X and MaxText
+HIDDEN_AXIS = {name: axes.index("F") for name, axes in LEAVES.items() if "F" in axes}
 
-class ParamSpec(NamedTuple):
-    """What a module needs in order to make one parameter."""
+
+class LeafSpec(NamedTuple):
+    """What is needed to make one leaf."""
 
     shape: tuple[int, ...]
-    axes: tuple[str, ...]  # logical axis names, in the words of T5X and MaxText
+    axes: tuple[str, ...]  # logical axis names
     init: Callable[..., Array]  # (key, shape, dtype) -> array
+
+
+def leaf_spec(name: str, config: MLPConfig, layers: int | None = None) -> LeafSpec:
+    """The spec of a leaf of LEAVES, or of a stack of `layers` of them with a leading logical axis `layers`.
+
+    Weights are drawn with variance 1 / fan-in, which keeps unit variance through each projection and is the default
+    of Flax's own Linear. Biases and the norms' w start at zero.
+    """
+    letters = LEAVES[name]
+    sizes = {"D": config.embed_dim, "F": config.hidden_dim}
+    shape, axes = tuple(sizes[a] for a in letters), tuple(LOGICAL_NAMES[a] for a in letters)
+    initializers = jax.nn.initializers
+    init = (
+        initializers.lecun_normal(batch_axis=() if layers is None else 0) if len(letters) == 2 else initializers.zeros
+    )
+    return LeafSpec(shape, axes, init) if layers is None else LeafSpec((layers, *shape), ("layers", *axes), init)
+
+
+def named_leaves(params: Any) -> dict[str, Any]:
+    """The leaves of an `MLPParams` or an `RMSNormParams` by name, without those that are None."""
+    return {name: leaf for name, leaf in vars(params).items() if leaf is not None}
 
 
 @jax.tree_util.register_dataclass
@@ -33,30 +70,16 @@ class MLPParams:
     up_bias: Float[Array, " F"] | None = None
     down_bias: Float[Array, " D"] | None = None
 
-    @staticmethod
-    def specs(config: MLPConfig) -> dict[str, ParamSpec]:
-        """The parameters that `config` asks for, by name.
-
-        Weights are drawn with variance 1 / fan-in, which keeps unit variance through each projection and is
-        the default of Flax's own Linear; biases start at zero.
-        """
-        D, F = config.embed_dim, config.hidden_dim
-        weight, zeros = jax.nn.initializers.lecun_normal(), jax.nn.initializers.zeros
-        specs = {
-            "gate_proj": ParamSpec((D, F), ("embed", "mlp"), weight),
-            "up_proj": ParamSpec((D, F), ("embed", "mlp"), weight),
-            "down_proj": ParamSpec((F, D), ("mlp", "embed"), weight),
-        }
-        if config.use_bias:
-            specs["gate_bias"] = ParamSpec((F,), ("mlp",), zeros)
-            specs["up_bias"] = ParamSpec((F,), ("mlp",), zeros)
-            specs["down_bias"] = ParamSpec((D,), ("embed",), zeros)
-        return specs
+    @classmethod
+    def specs(cls, config: MLPConfig, layers: int | None = None) -> "MLPParams":
+        """The same tree with a `LeafSpec` for each array; with `layers`, for a stack of that many."""
+        names = (*WEIGHTS, *BIASES) if config.use_bias else WEIGHTS
+        return cls(**{name: leaf_spec(name, config, layers) for name in names})  # pyright: ignore[reportArgumentType]
 
     @classmethod
     def init(cls, config: MLPConfig, key: Key[Array, ""]) -> "MLPParams":
         """Fresh parameters in `config.param_dtype`."""
-        return cls(**_init(cls.specs(config), config, key))
+        return _init(cls.specs(config), config, key)
 
 
 @jax.tree_util.register_dataclass
@@ -66,15 +89,15 @@ class RMSNormParams:
 
     scale: Float[Array, " D"]
 
-    @staticmethod
-    def specs(config: MLPConfig) -> dict[str, ParamSpec]:
-        """The norm's one parameter. Zero, so that the factor starts at 1."""
-        return {"scale": ParamSpec((config.embed_dim,), ("embed",), jax.nn.initializers.zeros)}
+    @classmethod
+    def specs(cls, config: MLPConfig, layers: int | None = None) -> "RMSNormParams":
+        """The same tree with a `LeafSpec` for its one array; w starts at zero, so that the factor starts at 1."""
+        return cls(leaf_spec("pre_norm", config, layers))  # pyright: ignore[reportArgumentType]
 
     @classmethod
     def init(cls, config: MLPConfig, key: Key[Array, ""]) -> "RMSNormParams":
         """Fresh parameters in `config.param_dtype`."""
-        return cls(**_init(cls.specs(config), config, key))
+        return _init(cls.specs(config), config, key)
 
 
 @jax.tree_util.register_dataclass
@@ -87,11 +110,13 @@ class MLPBlockParams:
     post_norm: RMSNormParams | None = None
 
     @classmethod
-    def specs(cls, config: MLPConfig) -> "MLPBlockParams":
-        """The same tree with a `ParamSpec` for each array, for :func:`gemma_mlp.sharding.named_shardings`."""
-        norm: Any = RMSNormParams.specs(config)
-        mlp: Any = MLPParams.specs(config)
-        return cls(RMSNormParams(**norm), MLPParams(**mlp), RMSNormParams(**norm) if config.post_norm else None)
+    def specs(cls, config: MLPConfig, layers: int | None = None) -> "MLPBlockParams":
+        """The same tree with a `LeafSpec` for each array, for :func:`gemma_mlp.sharding.named_shardings`.
+
+        With `layers`, the specs of a stack of that many blocks, as `jax.lax.scan` takes them.
+        """
+        norm = RMSNormParams.specs(config, layers)
+        return cls(norm, MLPParams.specs(config, layers), norm if config.post_norm else None)
 
     @classmethod
     def init(cls, config: MLPConfig, key: Key[Array, ""]) -> "MLPBlockParams":
@@ -103,6 +128,9 @@ class MLPBlockParams:
         )
 
 
-def _init(specs: dict[str, ParamSpec], config: MLPConfig, key: Key[Array, ""]) -> dict[str, Any]:
-    keys = jax.random.split(key, len(specs))
-    return {name: spec.init(k, spec.shape, config.param_dtype) for k, (name, spec) in zip(keys, specs.items())}
+def _init(specs: Any, config: MLPConfig, key: Key[Array, ""]) -> Any:
+    leaves = named_leaves(specs)
+    keys = jax.random.split(key, len(leaves))
+    return type(specs)(
+        **{n: spec.init(k, spec.shape, config.param_dtype) for k, (n, spec) in zip(keys, leaves.items())}
+    )

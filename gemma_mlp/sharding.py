@@ -27,11 +27,11 @@ from gemma_mlp.mesh import (
     require_divisible,
     require_rules,
 )
-from gemma_mlp.params import ParamSpec
+from gemma_mlp.params import LeafSpec
 
 __all__ = ["RULES", "SEQUENCE_PARALLEL_RULES", "Rules", "activation_sharding", "named_shardings", "optimizer_shardings"]
 
-BOXES = (nnx.Variable, nn.Partitioned, ParamSpec)  # what carries logical axes
+BOXES = (nnx.Variable, nn.Partitioned, LeafSpec)  # what carries logical axes
 
 
 def named_shardings(tree: Any, mesh: Mesh, rules: Rules = RULES) -> Any:
@@ -66,7 +66,7 @@ def named_shardings(tree: Any, mesh: Mesh, rules: Rules = RULES) -> Any:
         return NamedSharding(mesh, spec)
 
     def of_leaf(leaf):
-        if isinstance(leaf, ParamSpec):
+        if isinstance(leaf, LeafSpec):
             return sharding(leaf.axes, leaf.shape)
         if isinstance(leaf, nnx.Variable):
             axes = leaf.get_metadata().get("out_sharding") or ()

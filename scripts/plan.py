@@ -24,7 +24,7 @@ from plan.search import all_meshes, cases, nothing_fits, ranked, search
 from plan.stack import LAYERS, PROGRAMS, SAVES, Case
 from tqdm import tqdm
 
-from gemma_mlp.checks import require
+from gemma_mlp.checks import positive_int, require
 
 CONFIG = cli.config("plan", "What to plan.", size="2b")
 SEARCH = flags.DEFINE_bool("search", False, "Try meshes, sharding rules and save policies; rank those that fit.")
@@ -35,7 +35,7 @@ def main():
     config = CONFIG.value
     for field, known in {"preset": LAYERS, "program": PROGRAMS, "save": SAVES}.items():
         cli.require_names(field, [config[field]], known)
-    require(config.tokens >= 1, "config.tokens must be at least 1.", str(config.tokens), "give a sequence's length.")
+    positive_int("config.tokens", config.tokens)
     chip, count, target = chips.parse(config.target)
     ladders = ladders_of(config, count)
     workdir = Path(config.workdir)

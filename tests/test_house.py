@@ -9,19 +9,17 @@ import gemma_mlp
 
 PACKAGE = Path(gemma_mlp.__file__).parent
 FLOORS = [
-    {"checks", "activations", "op.device", "testing.oracle"},
-    {"dtypes", "mesh", "aot.hlo", "checkpoint.safetensors_folder"},
+    {"checks", "activations", "op.slices", "testing.oracle"},
+    {"dtypes", "mesh", "aot.hlo", "checkpoint.safetensors_folder", "op.cpu"},
     {"config", "aot.compilers"},
-    {"params", "rms_norm", "op.cpu", "aot"},
-    {"layouts.trees", "sharding", "op.tpu", "op.gpu", "op.split", "testing.samples"},
-    {"op.tpu_gradients"},
-    {"op.backends"},
-    {"op.vjp"},
-    {"op.api", "layouts.libraries"},
-    {"block", "layouts"},
-    {"checkpoint.loading"},
-    {"checkpoint.huggingface", "checkpoint.orbax"},
-    {"nnx", "linen", "checkpoint", "testing.stacks"},
+    {"params", "aot"},
+    {"op.backend", "op.tpu_blocks", "op.gpu_kernels", "layouts.trees", "sharding", "testing.samples"},
+    {"op.xla", "op.tpu_forward", "op.tpu_backward", "op.gpu", "layouts.libraries"},
+    {"op.vjp", "op.tpu", "layouts"},
+    {"op.choose", "checkpoint.loading"},
+    {"op.api", "checkpoint.huggingface", "checkpoint.orbax"},
+    {"block", "checkpoint"},
+    {"nnx", "linen", "testing.stacks"},
 ]
 EMPTY = {"__init__", "op", "testing"}  # packages that hold no names of their own
 FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}

@@ -14,7 +14,7 @@ from jax.sharding import AxisType, NamedSharding
 
 import gemma_mlp
 from gemma_mlp import MLPBlockParams, MLPConfig, MLPParams, RMSNormParams, feed_forward, hidden_activations, sharding
-from gemma_mlp.params import ParamSpec
+from gemma_mlp.params import LeafSpec
 from gemma_mlp.testing import oracle, samples
 from gemma_mlp.testing.oracle import relative_error
 from tests import test_block
@@ -51,7 +51,7 @@ def test_a_mesh_changes_no_number(mesh, rules, save, chunk_size):
     arrays, x, dy, exact = case()
     (shape, axis_type), rules = mesh, RULES[rules]
     mesh = make_mesh(*shape, axis_type)
-    specs = MLPParams(**MLPParams.specs(CONFIG))
+    specs = MLPParams.specs(CONFIG)
     params = spread(samples.mlp_params(arrays, "float32"), mesh, rules, specs)
     stream = sharding.activation_sharding(x.shape, mesh, rules)
     x, dy = (jax.device_put(jnp.asarray(a, "float32"), stream) for a in (x, dy))
@@ -140,7 +140,7 @@ def test_dropout_and_biases_are_those_of_one_device(rules, chunk_size, axis_type
     alone = run(params, x, dy, **options)
     stream = sharding.activation_sharding(x.shape, mesh, rules)
     with jax.set_mesh(mesh):
-        params = spread(params, mesh, rules, MLPParams(**MLPParams.specs(config)))
+        params = spread(params, mesh, rules, MLPParams.specs(config))
         x, dy = jax.device_put((x, dy), stream)
         together = run(params, x, dy, chunk_size=chunk_size, axis_rules=rules, **options)
     for ours, theirs in zip(jax.tree.leaves(together), jax.tree.leaves(alone), strict=True):
@@ -173,7 +173,7 @@ def test_hidden_activations_on_explicit_axes():
     arrays, x, _, _ = case()
     mesh, rules = make_mesh(2, 4, AxisType.Explicit), sharding.SEQUENCE_PARALLEL_RULES
     with jax.set_mesh(mesh):
-        params = spread(samples.mlp_params(arrays, "float32"), mesh, rules, MLPParams(**MLPParams.specs(CONFIG)))
+        params = spread(samples.mlp_params(arrays, "float32"), mesh, rules, MLPParams.specs(CONFIG))
         stream = sharding.activation_sharding(x.shape, mesh, rules)
         h = jax.jit(hidden_activations)(params, jax.device_put(jnp.asarray(x, "float32"), stream))
     assert jax.typeof(h).sharding.spec == jax.P(("data", "fsdp"), None, "tensor")
@@ -222,7 +222,7 @@ class TestShardings:
     def test_any_names_of_mesh_axes(self):
         mesh = jax.make_mesh((2, 4), ("x", "y"), (AxisType.Auto,) * 2, devices=jax.devices("cpu")[:8])
         rules = (("mlp", ("x", "y")), ("embed", None), ("batch", None), ("length", "x"), ("layers", None))
-        specs = {"stacked": ParamSpec((3, 16, 2048), ("layers", "embed", "mlp"), jax.nn.initializers.zeros)}
+        specs = {"stacked": LeafSpec((3, 16, 2048), ("layers", "embed", "mlp"), jax.nn.initializers.zeros)}
         assert sharding.named_shardings(specs, mesh, rules)["stacked"].spec == jax.P(None, None, ("x", "y"))
 
 
@@ -245,7 +245,7 @@ RENAMED = (("batch", "rows"), *sharding.RULES[1:])
             r": 2, of mesh axes fsdp. Received: 15 in a parameter",
         ),
         (
-            lambda mesh: sharding.named_shardings({"w": ParamSpec((2,), ("heads",), jax.nn.initializers.zeros)}, mesh),
+            lambda mesh: sharding.named_shardings({"w": LeafSpec((2,), ("heads",), jax.nn.initializers.zeros)}, mesh),
             r"batch, length, embed, mlp. Received: heads. Fix: add a rule",
         ),
         (lambda mesh: MLPConfig(16, 64, axis_rules=sharding.RULES[1:]), "one rule for each of batch, length"),

@@ -10,8 +10,8 @@ import numpy as np
 from gemma_mlp.activations import Activation
 from gemma_mlp.checkpoint import safetensors_folder
 from gemma_mlp.checkpoint.loading import Part, Progress, Source, choose_layers, load, place, require_finite
-from gemma_mlp.checks import describe, require
-from gemma_mlp.config import MLPConfig, positive_int, require_choice
+from gemma_mlp.checks import describe, positive_int, require, require_choice
+from gemma_mlp.config import MLPConfig
 from gemma_mlp.layouts.libraries import huggingface
 from gemma_mlp.layouts.trees import Slot, block_leaves, stored_tensors
 from gemma_mlp.params import MLPBlockParams

@@ -18,9 +18,7 @@ import numpy as np
 from gemma_mlp.checks import describe, require
 from gemma_mlp.config import MLPConfig
 from gemma_mlp.dtypes import DTYPES, accumulation_dtype
-from gemma_mlp.params import MLPBlockParams, MLPParams, RMSNormParams
-
-LEAVES = {"pre_norm": "D", "gate_proj": "DF", "up_proj": "DF", "down_proj": "FD", "post_norm": "D"}  # and their axes
+from gemma_mlp.params import BIASES, LEAVES, MLPBlockParams, MLPParams, RMSNormParams
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,7 +82,8 @@ class Layout:
     @property
     def leaves(self) -> dict[str, str]:
         """The leaves of a layer, and their axes."""
-        return {leaf: axes for leaf, axes in LEAVES.items() if self.config.post_norm or leaf != "post_norm"}
+        left_out = BIASES if self.config.post_norm else (*BIASES, "post_norm")
+        return {leaf: axes for leaf, axes in LEAVES.items() if leaf not in left_out}
 
     @property
     def stacks(self) -> bool:

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
-from gemma_mlp import MLPBlockParams, MLPParams, RMSNormParams
+from gemma_mlp.params import MLPBlockParams, MLPParams, RMSNormParams
 
 BATCHES = ((), (3,), (2, 3), (0,))
 

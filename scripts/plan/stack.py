@@ -15,7 +15,6 @@ import optax
 from jax.sharding import Mesh
 
 from gemma_mlp import PRESETS, MLPBlockParams, MLPConfig, mlp_block, sharding
-from gemma_mlp.params import ParamSpec
 
 PROGRAMS = ("train", "forward")
 
@@ -101,17 +100,10 @@ def build(case: Case, mesh: Mesh) -> tuple[Callable, tuple[Any, ...], tuple[int,
       ValueError: if the mesh does not divide the sizes.
     """
     config = case.config
-    specs = jax.tree.map(
-        lambda spec: ParamSpec((LAYERS[case.preset], *spec.shape), ("layers", *spec.axes), spec.init),
-        MLPBlockParams.specs(config),
-        is_leaf=lambda leaf: isinstance(leaf, ParamSpec),
-    )
+    specs = MLPBlockParams.specs(config, LAYERS[case.preset])
     shardings = sharding.named_shardings(specs, mesh, (*case.rules, ("layers", None)))
-    layer = jax.eval_shape(lambda: MLPBlockParams.init(config, jax.random.key(0)))
     params = jax.tree.map(
-        lambda a, place: jax.ShapeDtypeStruct((LAYERS[case.preset], *a.shape), a.dtype, sharding=place),
-        layer,
-        shardings,
+        lambda place, spec: jax.ShapeDtypeStruct(spec.shape, config.param_dtype, sharding=place), shardings, specs
     )
     shape = (case.all_tokens // case.tokens, case.tokens, config.embed_dim)
     x = jax.ShapeDtypeStruct(shape, config.dtype, sharding=sharding.activation_sharding(shape, mesh, case.rules))

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from gemma_mlp import MLPConfig, MLPParams, feed_forward
-from gemma_mlp.op import cpu
+from gemma_mlp.op import xla
+from gemma_mlp.op.backend import Op
 from gemma_mlp.testing import samples
 from gemma_mlp.testing.oracle import relative_error
 
@@ -20,14 +21,18 @@ def case(*shape, seed=0):
     return exact, jnp.asarray(exact, "bfloat16")
 
 
+def op(on_cpu):
+    return Op(MLPConfig(24, 8), jnp.dtype("bfloat16"), on_cpu=on_cpu)
+
+
 @pytest.mark.parametrize("result", ["float32", "bfloat16"])
-@pytest.mark.parametrize("on_cpu", [False, True])
+@pytest.mark.parametrize("on_cpu", [False, True, None])  # None: known only once it is lowered
 @pytest.mark.parametrize("transpose", [False, True])
 @pytest.mark.parametrize("tokens", [(), (1,), (1, 1), (2,), (0,), (2, 3)], ids=str)
 def test_multiply(tokens, transpose, on_cpu, result):
     (a, a_bf16), (weight, weight_bf16) = case(*tokens, 24), case(*((8, 24) if transpose else (24, 8)), seed=1)
-    options = {"result": result, "dtype": jnp.dtype("bfloat16"), "on_cpu": on_cpu, "transpose": transpose}
-    got = jax.jit(functools.partial(cpu.multiply, **options))(a_bf16, weight_bf16)
+    matmul = functools.partial(xla.matmul, op(on_cpu), result, transpose=transpose)
+    got = jax.jit(matmul)(a_bf16, weight_bf16)
     assert got.shape == (*tokens, 8) and got.dtype == result
     assert relative_error(got, a @ (weight.T if transpose else weight)) <= BOUNDS[result]
 
@@ -38,8 +43,7 @@ def test_multiply(tokens, transpose, on_cpu, result):
 @pytest.mark.parametrize("tokens", [(), (1,), (0,), (4, 3), (256,), (2, 150)], ids=str)
 def test_outer(tokens, rows, on_cpu, result):
     (a, a_bf16), (b, b_bf16) = case(*tokens, rows), case(*tokens, 16, seed=1)
-    options = {"result": result, "dtype": jnp.dtype("bfloat16"), "on_cpu": on_cpu}
-    got = jax.jit(functools.partial(cpu.outer, **options))(a_bf16, b_bf16)
+    got = jax.jit(functools.partial(xla.outer, op(on_cpu), result=result))(a_bf16, b_bf16)
     assert got.shape == (rows, 16) and got.dtype == result
     assert relative_error(got, a.reshape(-1, rows).T @ b.reshape(-1, 16)) <= BOUNDS[result]
 
@@ -49,7 +53,7 @@ def test_outer(tokens, rows, on_cpu, result):
 def test_outer_inside_a_transformation(transform, result):
     """XLA's CPU backend has products that it compiles and cannot run when an operand comes out of a loop."""
     (a, a_bf16), (b, b_bf16) = case(3, 256, 60), case(3, 256, 16, seed=1)
-    outer = functools.partial(cpu.outer, result=result, dtype=jnp.dtype("bfloat16"), on_cpu=True)
+    outer = functools.partial(xla.outer, op(on_cpu=True), result=result)
     function = {
         "vmap": jax.vmap(outer),
         "scan": lambda a, b: jax.lax.scan(lambda carry, ab: (carry, outer(*ab)), None, (a, b))[1],

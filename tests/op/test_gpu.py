@@ -1,24 +1,27 @@
 """The kernels for GPUs in Pallas's interpreter of them, against the float64 oracle; tests/aot has its real compiler."""
 
+import contextlib
 import functools
 import importlib
 from types import SimpleNamespace
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from gemma_mlp import ACTIVATIONS, MLPConfig, mlp_hidden
-from gemma_mlp.op import backends, gpu
+from gemma_mlp.op import choose, gpu_kernels
 from gemma_mlp.testing import oracle, samples
 from gemma_mlp.testing.oracle import relative_error
 from tests.support import comparison
 
 INTERNAL = "jax._src.pallas.mosaic_gpu.interpret"
 FLOOR_FACTOR = 1.02
-STEPS = 5 * gpu.BLOCK_D  # more of the sum than there are blocks in flight
+STEPS = 5 * gpu_kernels.BLOCK_D  # more of the sum than there are blocks in flight
 # The interpreter of JAX 0.10.2 raises where a copy passes the end of an array, and where a block is transposed, both of
 # which the hardware allows.
 OLD_INTERPRETER = jax.__version_info__ < (0, 12)
@@ -26,12 +29,17 @@ clips = pytest.mark.skipif(OLD_INTERPRETER, reason="this JAX's interpreter has n
 transposes = pytest.mark.skipif(OLD_INTERPRETER, reason="this JAX's interpreter has no products with transposed blocks")
 
 
-def interpreter(**options):
+@contextlib.contextmanager
+def interpreted(**options):
+    """Has the interpreter run the kernels, on two multiprocessors."""
     params = getattr(plgpu, "InterpretGPUParams", None)  # public from JAX 0.11 or 0.12 on
-    return (params or importlib.import_module(f"{INTERNAL}.params").InterpretGPUParams)(**options)
+    interpret = (params or importlib.import_module(f"{INTERNAL}.params").InterpretGPUParams)(**options)
+    kernel = functools.partial(pl.kernel, interpret=interpret)
+    with mock.patch.object(pl, "kernel", kernel), mock.patch.object(gpu_kernels, "count_multiprocessors", lambda: 2):
+        yield
 
 
-def case(T, D=gpu.BLOCK_D, F=gpu.BLOCK_F):
+def case(T, D=gpu_kernels.BLOCK_D, F=gpu_kernels.BLOCK_F):
     rng = np.random.default_rng(0)
     return samples.mlp_arrays(rng, D, F, use_bias=False), samples.normal(rng, (T, D))
 
@@ -39,7 +47,8 @@ def case(T, D=gpu.BLOCK_D, F=gpu.BLOCK_F):
 def run(arrays, x, activation, keep, **options):
     weights = (jnp.asarray(arrays[name], jnp.bfloat16) for name in ("gate_proj", "up_proj"))
     x = jnp.asarray(x, jnp.bfloat16)
-    results = gpu.hidden(x, *weights, activation=activation, keep=keep, interpret=interpreter(**options))
+    with interpreted(**options):
+        results = gpu_kernels.hidden(x, *weights, activation=activation, save=keep)
     assert len(results) == (3 if keep else 1)
     return results
 
@@ -63,7 +72,8 @@ def check_gradients(arrays, x, activation, columns=slice(None), **options):
     dh = dy @ down_proj.T
     exact = act(gate) * up, dh * up * d_act(gate), dh * act(gate)
     given = (jnp.asarray(a, jnp.bfloat16) for a in (dy, down_proj, gate, up))
-    results = gpu.hidden_gradients(*given, activation=activation, interpret=interpreter(**options))
+    with interpreted(**options):
+        results = gpu_kernels.hidden_gradients(*given, activation=activation)
     for result, expected in zip(results, exact, strict=True):
         assert result.dtype == jnp.bfloat16 and result.shape == expected.shape
         result, expected = result[:, columns], expected[:, columns]
@@ -100,7 +110,7 @@ def test_every_activations_gradients(activation):
 @pytest.mark.parametrize("T", [64, 256])
 def test_no_warp_group_reads_what_another_writes(T):
     """With more steps than blocks in flight, and more blocks of results than multiprocessors."""
-    arrays, x = case(T, STEPS, 3 * gpu.BLOCK_F)
+    arrays, x = case(T, STEPS, 3 * gpu_kernels.BLOCK_F)
     check(run(arrays, x, "gelu_tanh", keep=True, detect_races=True), arrays, x, "gelu_tanh")
     assert not importlib.import_module(f"{INTERNAL}.gpu_callbacks").get_races().races_found
 
@@ -108,28 +118,27 @@ def test_no_warp_group_reads_what_another_writes(T):
 @transposes
 @pytest.mark.parametrize("T", [64, 256])
 def test_no_warp_group_of_the_gradients_reads_what_another_writes(T):
-    check_gradients(*case(T, STEPS, 3 * gpu.BLOCK_F), "gelu_tanh", detect_races=True)
+    check_gradients(*case(T, STEPS, 3 * gpu_kernels.BLOCK_F), "gelu_tanh", detect_races=True)
     assert not importlib.import_module(f"{INTERNAL}.gpu_callbacks").get_races().races_found
 
 
 def test_more_tokens_than_share_a_column_of_the_weights():
-    arrays, x = case((gpu.GROUP + 1) * 128, F=2 * gpu.BLOCK_F)
+    arrays, x = case((gpu_kernels.GROUP + 1) * 128, F=2 * gpu_kernels.BLOCK_F)
     check(run(arrays, x, "gelu_tanh", keep=False), arrays, x, "gelu_tanh")
 
 
 @pytest.fixture
 def gpu(monkeypatch):
     """Has the package see a GPU, whose kernels the interpreter runs."""
-    monkeypatch.setattr(backends, "target_device", lambda: SimpleNamespace(platform="gpu"))
-    for name in ("hidden", "hidden_gradients"):
-        kernel = functools.partial(getattr(gpu, name), interpret=interpreter())
-        monkeypatch.setattr(gpu, name, kernel)
+    monkeypatch.setattr(choose, "target_device", lambda: SimpleNamespace(platform="gpu"))
+    with interpreted():
+        yield
 
 
 @pytest.mark.parametrize("param_dtype", ["bfloat16", "float32"])
 def test_hidden_activations(param_dtype, gpu):
     arrays, x = case(64)
-    config = MLPConfig(gpu.BLOCK_D, gpu.BLOCK_F, dtype="bfloat16", implementation="pallas")
+    config = MLPConfig(gpu_kernels.BLOCK_D, gpu_kernels.BLOCK_F, dtype="bfloat16", implementation="pallas")
     params = samples.mlp_params(arrays, param_dtype)
     check([mlp_hidden(params, jnp.asarray(x, "bfloat16"), config)], arrays, x, "gelu_tanh")
 
@@ -137,8 +146,8 @@ def test_hidden_activations(param_dtype, gpu):
 @pytest.mark.parametrize("save", ["input", pytest.param("gate_up", marks=transposes)])
 def test_the_feed_forward_around_them(save, gpu):
     rng = np.random.default_rng(0)
-    arrays = samples.mlp_arrays(rng, gpu.BLOCK_D, 2 * gpu.BLOCK_F, use_bias=False)
-    x, dy = (samples.normal(rng, (2, 32, gpu.BLOCK_D)) for _ in range(2))
+    arrays = samples.mlp_arrays(rng, gpu_kernels.BLOCK_D, 2 * gpu_kernels.BLOCK_F, use_bias=False)
+    x, dy = (samples.normal(rng, (2, 32, gpu_kernels.BLOCK_D)) for _ in range(2))
     exact = comparison.exact_result(arrays, x, dy, "gelu_tanh")
     result = comparison.run(arrays, x, dy, "bfloat16", jit=True, save=save, implementation="pallas")
     floor = comparison.floor_errors(arrays, x, dy, "gelu_tanh", exact, save)
@@ -149,13 +158,14 @@ def test_the_feed_forward_around_them(save, gpu):
 @transposes
 def test_a_batch_of_them():
     rng = np.random.default_rng(0)
-    shapes = (64, gpu.BLOCK_D), (gpu.BLOCK_F, gpu.BLOCK_D), *[(64, gpu.BLOCK_F)] * 2
+    shapes = (64, gpu_kernels.BLOCK_D), (gpu_kernels.BLOCK_F, gpu_kernels.BLOCK_D), *[(64, gpu_kernels.BLOCK_F)] * 2
     given = [jnp.asarray(samples.normal(rng, (2, *shape)), "bfloat16") for shape in shapes]
-    gradients = functools.partial(gpu.hidden_gradients, activation="silu", interpret=interpreter())
-    batch = jax.vmap(gradients)(*given)
-    for i in range(2):
-        for whole, single in zip(batch, gradients(*(a[i] for a in given)), strict=True):
-            np.testing.assert_array_equal(whole[i], single)
+    gradients = functools.partial(gpu_kernels.hidden_gradients, activation="silu")
+    with interpreted():
+        batch = jax.vmap(gradients)(*given)
+        for i in range(2):
+            for whole, single in zip(batch, gradients(*(a[i] for a in given)), strict=True):
+                np.testing.assert_array_equal(whole[i], single)
 
 
 @clips
@@ -168,13 +178,13 @@ def test_any_number_of_tokens(T):
 
 def refusal(x, gate_proj, up_proj, dtype="bfloat16"):
     arrays = (jax.ShapeDtypeStruct(shape, dtype) for shape in (x, gate_proj, up_proj))
-    with pytest.raises(ValueError, match=r"Received: .*\. Fix: ") as refused:
-        jax.eval_shape(lambda *args: gpu.hidden(*args, activation="gelu_tanh", keep=False), *arrays)
+    with pytest.raises(ValueError, match=r"Got: .*\. Fix: ") as refused:
+        jax.eval_shape(lambda *args: gpu_kernels.hidden(*args, activation="gelu_tanh", save=False), *arrays)
     return str(refused.value)
 
 
 def test_other_dtypes_are_refused():
-    assert "take bfloat16" in refusal((64, 64), (64, 128), (64, 128), "float32")
+    assert "must be bfloat16" in refusal((64, 64), (64, 128), (64, 128), "float32")
 
 
 @pytest.mark.parametrize(
@@ -188,7 +198,7 @@ def test_other_dtypes_are_refused():
     ],
 )
 def test_other_shapes_are_refused(x, gate_proj, up_proj):
-    assert "take x or dy [T, D]" in refusal(x, gate_proj, up_proj)
+    assert "x or dy must be [T, D]" in refusal(x, gate_proj, up_proj)
 
 
 @pytest.mark.parametrize(
@@ -202,12 +212,12 @@ def test_other_shapes_are_refused(x, gate_proj, up_proj):
 def test_other_shapes_of_gradients_are_refused(dy, down_proj, gate, up):
     arrays = (jax.ShapeDtypeStruct(shape, "bfloat16") for shape in (dy, down_proj, gate, up))
     with pytest.raises(ValueError, match=r"down_proj \[F, D\], and gate and up \[T, F\]"):
-        jax.eval_shape(lambda *args: gpu.hidden_gradients(*args, activation="gelu_tanh"), *arrays)
+        jax.eval_shape(lambda *args: gpu_kernels.hidden_gradients(*args, activation="gelu_tanh"), *arrays)
 
 
 @pytest.mark.parametrize(("D", "F"), [(96, 128), (64, 192), (64, 0), (0, 128)])
 def test_sizes_that_are_no_multiples_are_refused(D, F):
-    assert "multiples of 64 for D and of 128 for F" in refusal((64, D), (D, F), (D, F))
+    assert "D must be a multiple of 64 and F a multiple of 128" in refusal((64, D), (D, F), (D, F))
 
 
 @pytest.mark.parametrize("kind", ["NVIDIA A100-SXM4-80GB", "NVIDIA B200", "NVIDIA GeForce RTX 4090", "cpu"])
@@ -226,5 +236,5 @@ def test_hopper_devices_are_served(kind):
     device = jax.sharding.AbstractDevice(device_kind=kind, num_cores=78, platform="gpu")
     args = (jax.ShapeDtypeStruct(shape, "bfloat16") for shape in ((64, 64), (64, 128), (64, 128)))
     with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((1,), ("chip",), abstract_device=device)):
-        (h,) = jax.eval_shape(lambda *args: gpu.hidden(*args, activation="silu", keep=False), *args)
+        (h,) = jax.eval_shape(lambda *args: gpu_kernels.hidden(*args, activation="silu", save=False), *args)
     assert h.shape == (64, 128)

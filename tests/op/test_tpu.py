@@ -13,7 +13,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from gemma_mlp import PRESETS, MLPConfig, MLPParams, feed_forward, mlp, mlp_hidden, sharding
-from gemma_mlp.op import backends, tpu, tpu_gradients
+from gemma_mlp.op import choose, tpu_backward, tpu_blocks, tpu_forward
 from gemma_mlp.testing import oracle, samples
 from gemma_mlp.testing.oracle import relative_error
 from tests.support.comparison import FLOAT32_BOUND, errors, exact_result, floor_errors, run
@@ -28,11 +28,11 @@ def small_blocks(monkeypatch, version=V5E, cores=1):
     """Has kernels see a TPU, and take small blocks, so that a small case has several of each kind."""
     info = pltpu.get_tpu_info_for_chip(version, cores)
     monkeypatch.setattr(pltpu, "get_tpu_info", lambda: info)
-    monkeypatch.setattr(backends, "target_device", lambda: SimpleNamespace(platform="tpu"))
-    monkeypatch.setattr(tpu, "MOST_HIDDEN", 128)
-    monkeypatch.setattr(tpu, "MOST_TOKENS", 64)
-    monkeypatch.setattr(tpu, "UNROLLED", 32)
-    monkeypatch.setattr(tpu_gradients, "MOST_TOKENS", 32)
+    monkeypatch.setattr(choose, "target_device", lambda: SimpleNamespace(platform="tpu"))
+    monkeypatch.setattr(tpu_blocks, "MOST_HIDDEN", 128)
+    monkeypatch.setattr(tpu_forward, "MOST_TOKENS", 64)
+    monkeypatch.setattr(tpu_forward, "UNROLLED", 32)
+    monkeypatch.setattr(tpu_backward, "MOST_TOKENS", 32)
     jax.clear_caches()
 
 
@@ -186,7 +186,7 @@ WITHOUT_PARTS_OF_F = (
 def test_a_mesh_changes_no_number(data, fsdp, tensor, rules, save, simple_chip, eight_devices):
     arrays, x, dy = case((8, 16), hidden_dim=1024)
     mesh = make_mesh(fsdp, tensor, data=data)
-    specs = MLPParams(**MLPParams.specs(MLPConfig(EMBED_DIM, 1024)))
+    specs = MLPParams.specs(MLPConfig(EMBED_DIM, 1024))
     params = spread(samples.mlp_params(arrays, "float32"), mesh, rules, specs)
     stream = sharding.activation_sharding(x.shape, mesh, rules)
     x_there, dy_there = (jax.device_put(jnp.asarray(a, "float32"), stream) for a in (x, dy))
@@ -200,7 +200,7 @@ def test_a_mesh_changes_no_number(data, fsdp, tensor, rules, save, simple_chip, 
 def test_hidden_activations_on_a_mesh(simple_chip, eight_devices):
     arrays, x, _ = case((8, 16), hidden_dim=1024)
     rules, mesh = RULES["sequence"], make_mesh(4, 2)
-    specs = MLPParams(**MLPParams.specs(MLPConfig(EMBED_DIM, 1024)))
+    specs = MLPParams.specs(MLPConfig(EMBED_DIM, 1024))
     params = spread(samples.mlp_params(arrays, "float32"), mesh, rules, specs)
     config = MLPConfig(EMBED_DIM, 1024, dtype="float32", axis_rules=rules, implementation="pallas")
     x_there = jax.device_put(jnp.asarray(x, "float32"), sharding.activation_sharding(x.shape, mesh, rules))
@@ -219,16 +219,16 @@ def test_no_tokens(chip):
 
 def blocks_of(monkeypatch, module, version, cores, preset, tokens):
     """What the kernel of `module` chooses for bfloat16."""
-    chosen, choose = [], tpu.choose_blocks
+    chosen, choose = [], tpu_blocks.choose_blocks
     info = pltpu.get_tpu_info_for_chip(version, cores)
     monkeypatch.setattr(pltpu, "get_tpu_info", lambda: info)
     monkeypatch.setattr(module, "choose_blocks", lambda *args: chosen.append(choose(*args)) or chosen[-1])
     size = PRESETS[preset]
     shapes = (tokens, size.embed_dim), (size.embed_dim, size.hidden_dim), (size.hidden_dim, size.embed_dim)
     x, gate, down = (jax.ShapeDtypeStruct(shape, "bfloat16") for shape in shapes)
-    backward = module is tpu_gradients
-    options = {"activation": "gelu_tanh"} | ({} if backward else {"keep": False})
-    kernel = functools.partial(module.gradients if backward else module.feed_forward, **options)
+    backward = module is tpu_backward
+    options = {"activation": "gelu_tanh"} | ({} if backward else {"save": False})
+    kernel = functools.partial(module.fused_backward if backward else module.fused_forward, **options)
     jax.eval_shape(kernel, *([x, x] if backward else [x]), gate, gate, down)
     return tuple(chosen[0])
 
@@ -246,7 +246,7 @@ def blocks_of(monkeypatch, module, version, cores, preset, tokens):
 )
 def test_blocks_fill_the_chips_memory(version, cores, preset, tokens, forward, backward, monkeypatch):
     """(tokens, F, rows at a time)."""
-    for module, expected in ((tpu, forward), (tpu_gradients, backward)):
+    for module, expected in ((tpu_forward, forward), (tpu_backward, backward)):
         assert blocks_of(monkeypatch, module, version, cores, preset, tokens) == expected
 
 
@@ -254,11 +254,11 @@ def test_blocks_fill_the_chips_memory(version, cores, preset, tokens, forward, b
     ("options", "message"),
     [
         ({"save": "autodiff"}, "has a backward pass of its own"),
-        ({"activation": "gelu"}, "has no erfc on TPUs"),
+        ({"activation": "gelu"}, "needs an activation that its kernels have"),
         ({"dropout_rate": 0.5, "dropout_key": jax.random.key(0)}, "has no dropout"),
         ({"use_bias": True}, "has no biases"),
-        ({"embed_dim": 64}, "multiples of 128. Received: 64 and 512"),
-        ({"hidden_dim": 64}, "multiples of 128. Received: 128 and 64"),
+        ({"embed_dim": 64}, "multiples of 128. Got: 64 and 512"),
+        ({"hidden_dim": 64}, "multiples of 128. Got: 128 and 64"),
     ],
     ids=str,
 )
@@ -273,20 +273,20 @@ def test_what_it_does_not_serve(options, message, chip):
 
 def test_a_mesh_needs_rules(chip, eight_devices):
     params = MLPParams.init(MLPConfig(EMBED_DIM, HIDDEN_DIM), jax.random.key(0))
-    with jax.set_mesh(make_mesh(4, 2)), pytest.raises(ValueError, match="where axis_rules say what is split"):
+    with jax.set_mesh(make_mesh(4, 2)), pytest.raises(ValueError, match="needs axis_rules on a mesh"):
         feed_forward(params, jnp.zeros((8, EMBED_DIM)), implementation="pallas")
 
 
 def test_an_embed_dim_that_vmem_cannot_hold(chip):
     params = jax.eval_shape(lambda: MLPParams.init(MLPConfig(2**16, 128), jax.random.key(0)))
     x = jax.ShapeDtypeStruct((1, 2**16), "float32")
-    with pytest.raises(ValueError, match=r"smallest blocks fit into VMEM, 125829120 bytes\. Received: an embed_dim"):
+    with pytest.raises(ValueError, match=r"smallest blocks must fit into VMEM, which has 125829120 bytes\. Got: an embed_dim"):
         jax.eval_shape(functools.partial(feed_forward, implementation="pallas"), params, x)
 
 
 def test_a_cpu_has_no_kernels():
     params = MLPParams.init(MLPConfig(EMBED_DIM, HIDDEN_DIM), jax.random.key(0))
-    with pytest.raises(ValueError, match=r"runs on TPUs and on NVIDIA's GPUs\. Received: a program for cpu"):
+    with pytest.raises(ValueError, match=r"needs a TPU or an NVIDIA GPU\. Got: a program for cpu"):
         feed_forward(params, jnp.zeros((3, EMBED_DIM)), implementation="pallas")
-    with pytest.raises(ValueError, match="implementation is one of xla, pallas"):
+    with pytest.raises(ValueError, match="implementation must be one of xla, pallas"):
         MLPConfig(8, 16, implementation="triton")  # pyright: ignore[reportArgumentType]

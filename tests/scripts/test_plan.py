@@ -207,7 +207,7 @@ class TestByThisMachinesCompiler:
         assert not row["fits"] and row["needed_bytes"] > 2**20
 
     def test_a_mesh_that_does_not_divide_is_explained(self):
-        with pytest.raises(ValueError, match="multiple of the devices"):
+        with pytest.raises(ValueError, match="A split axis must be a multiple"):
             attempts.attempt(case("gemma3_270m", mesh=(1, 1, 8), tokens=12), self.CHIP, "cpu")
 
 
@@ -215,7 +215,7 @@ class TestByThisMachinesCompiler:
     ("flag", "message"),
     [
         ("--config.save=all", "config.save must be among block, input, gate_up."),
-        ("--config.tokens=0", "config.tokens must be at least 1."),
+        ("--config.tokens=0", "config.tokens must be a whole number of at least 1."),
         ("--config.mesh=data=1,fsdp=2,tensor=2", "A mesh of v5e:16x16 must have 256 devices."),
     ],
 )

@@ -28,15 +28,15 @@ def saves(tokens):
 
 
 def compile_all():
-    from gemma_mlp.op import gpu
+    from gemma_mlp.op import gpu_kernels  # Mosaic GPU is not in JAX on every system
 
     for kernel, T, D, F, activation in CASES:
         print(START, flush=True)
         if kernel == "hidden":
-            shapes, options, donated = ((T, D), (D, F), (D, F)), {"keep": saves(T)}, ()
+            shapes, options, donated = ((T, D), (D, F), (D, F)), {"save": saves(T)}, ()
         else:
             shapes, options, donated = ((T, D), (F, D), (T, F), (T, F)), {}, (2, 3)
-        results = functools.partial(getattr(gpu, kernel), activation=activation, **options)
+        results = functools.partial(getattr(gpu_kernels, kernel), activation=activation, **options)
 
         def h_last(*args):
             """JAX lets the first results overwrite the donated gate and up, so h comes last."""

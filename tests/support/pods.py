@@ -21,9 +21,11 @@ def compile_layer(target, fsdp, tensor, rules, gradient=None, *, layer=None, chu
     config = dataclasses.replace(config, axis_rules=rules)
     layer = layer or make_layer(config)
 
-    shapes = jax.eval_shape(lambda: MLPParams.init(config, jax.random.key(0)))
-    weights = sharding.named_shardings(MLPParams(**MLPParams.specs(config)), mesh, rules)
-    params = jax.tree.map(lambda a, place: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=place), shapes, weights)
+    specs = MLPParams.specs(config)
+    weights = sharding.named_shardings(specs, mesh, rules)
+    params = jax.tree.map(
+        lambda place, spec: jax.ShapeDtypeStruct(spec.shape, config.param_dtype, sharding=place), weights, specs
+    )
     shape = (fsdp, 8192, config.embed_dim)
     sequences = sharding.activation_sharding(shape, mesh, rules)
     x = jax.ShapeDtypeStruct(shape, "bfloat16", sharding=sequences)

@@ -1,15 +1,16 @@
-"""The feed-forward's backward pass for TPUs (Pallas, Mosaic): one kernel for all of it, one where gate and up are kept.
+"""The backward pass for TPUs in one Pallas kernel; and a kernel that starts from saved gate and up.
 
-The grids go through blocks of F and, for each, through all tokens. Products are summed in float32 and stay so in VMEM,
-as do the sums over tokens that weights' gradients are: each result is rounded once and written once.
+The grids go through blocks of F. For each block they go through all tokens. Matmuls accumulate in float32 and their
+results stay so in VMEM, as do the sums over tokens that are the weights' gradients. Each result is rounded once and
+written once.
 
-Where nothing is kept no [T, F] is in memory: gate, up and dh of a block are computed again in VMEM. The gradient of x,
-which all blocks of F add to, is in memory in float32; each step fetches its rows, adds and sends them back. Where gate
-and up are kept their gradients and that of W_down are the kernel's, without an h or dh in memory; the products of these
-with x and with the weights are XLA's.
+Where nothing is saved, no [T, F] array is in memory: gate, up and dh of a block are recomputed in VMEM. All blocks of F
+add to the gradient of x, which is in memory in float32: each step fetches its rows, adds to them and sends them back.
+Where gate and up are saved, the kernel computes their gradients and that of W_down, without an h or dh in memory; XLA
+multiplies these with x and with the weights.
 
-The gradients take the place of the weights, and of gate and up, that a kernel is given, whose blocks are read once,
-before: where these are copies already, as in a scan over layers, the gradients need no memory of their own.
+Each gradient is written over its own input (a weight, gate or up), whose block has been read by then. In a scan over
+layers these inputs are already copies, so the gradients need no extra memory.
 """
 
 import functools
@@ -21,29 +22,29 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float
 
-from gemma_mlp.activations import Activation
+from gemma_mlp.activations import ACTIVATIONS, Activation
 from gemma_mlp.dtypes import accumulation_dtype
-from gemma_mlp.op.cpu import ceil_div, round_up
-from gemma_mlp.op.tpu import (
+from gemma_mlp.op.slices import ceil_div, round_up
+from gemma_mlp.op.tpu_blocks import (
     ROWS,
     Blocks,
     choose_blocks,
+    compiler_params,
     dot,
     fill_zeros,
-    gated,
-    multiply,
-    parts_of_hidden,
+    hidden_block_sizes,
+    matmul,
     require_sizes,
     store,
-    vmem_limit,
 )
 
-# Tokens of a step. For each block of F x, dy and dx pass by, 12 bytes for each of T D, for 16 FLOPs times the block's
-# width, whatever the number of tokens in a step: 683 FLOPs to a byte with 512, where a v6e needs 560.
+# Tokens of a step. For each block of F, x, dy and dx pass by: 12 bytes for each element of [T, D], for 16 FLOPs times
+# the block's width, whatever the number of tokens in a step. With blocks of 512 that is 683 FLOPs to a byte; a v6e
+# needs 560.
 MOST_TOKENS = 256
 
 
-def gradients(
+def fused_backward(
     x: Float[Array, "T D"],
     dy: Float[Array, "T D"],
     gate_proj: Float[Array, "D F"],
@@ -67,20 +68,20 @@ def gradients(
     require_sizes(embed_dim, hidden_dim)
     blocks = choose_blocks(_candidates(tokens, hidden_dim), vmem_bytes)
     turns = ceil_div(tokens, blocks.tokens)
-    hidden_parts = hidden_dim // blocks.hidden
+    hidden_blocks = hidden_dim // blocks.hidden
     cores = pltpu.get_tpu_info().num_cores
-    if hidden_parts % cores:
+    if hidden_blocks % cores:
         cores = 1
-    hidden_parts //= cores
+    hidden_blocks //= cores
 
     def of_tokens(core, j, i):
         return i, 0
 
     def gate_up(core, j, i):
-        return 0, core * hidden_parts + j
+        return 0, core * hidden_blocks + j
 
     def down(core, j, i):
-        return core * hidden_parts + j, 0
+        return core * hidden_blocks + j, 0
 
     stream = pl.BlockSpec((blocks.tokens, embed_dim), of_tokens)
     weights = [*[pl.BlockSpec((embed_dim, blocks.hidden), gate_up)] * 2, pl.BlockSpec((blocks.hidden, embed_dim), down)]
@@ -90,7 +91,7 @@ def gradients(
             jax.ShapeDtypeStruct((cores, turns * blocks.tokens, embed_dim), wide),
             *[jax.ShapeDtypeStruct(weight.shape, weight_dtype) for weight in (gate_proj, up_proj, down_proj)],
         ],
-        grid=(cores, hidden_parts, turns),
+        grid=(cores, hidden_blocks, turns),
         in_specs=[stream, stream, *weights],
         out_specs=[pl.BlockSpec(memory_space=pl.ANY), *weights],
         input_output_aliases={2: 1, 3: 2, 4: 3},
@@ -101,15 +102,13 @@ def gradients(
             pltpu.SemaphoreType.DMA((2,)),
             pltpu.SemaphoreType.DMA((2,)),
         ],
-        compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "arbitrary", "arbitrary"), vmem_limit_bytes=vmem_limit()
-        ),
+        compiler_params=compiler_params("parallel", "arbitrary", "arbitrary"),
         name="geglu_gradients",
     )(x, dy, gate_proj, up_proj, down_proj)
     return jnp.sum(dx, axis=0)[:tokens], *dweights
 
 
-def gradients_from_kept(
+def backward_from_saved(
     dy: Float[Array, "T D"],
     gate: Float[Array, "T F"],
     up: Float[Array, "T F"],
@@ -134,25 +133,23 @@ def gradients_from_kept(
     weight = pl.BlockSpec((blocks.hidden, embed_dim), lambda j, i: (j, 0))
     given = gate, up, down_proj
     return pl.pallas_call(
-        functools.partial(_kernel_from_kept, activation, tokens),
+        functools.partial(_kernel_from_saved, activation, tokens),
         out_shape=tuple(jax.ShapeDtypeStruct(a.shape, a.dtype) for a in given),
         grid=(hidden_dim // blocks.hidden, ceil_div(tokens, blocks.tokens)),
         in_specs=[pl.BlockSpec((blocks.tokens, embed_dim), lambda j, i: (i, 0)), part, part, weight],
         out_specs=(part, part, weight),
         input_output_aliases={1: 0, 2: 1, 3: 2},
         scratch_shapes=[pltpu.VMEM((blocks.hidden, embed_dim), wide)],
-        compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=vmem_limit()
-        ),
-        name="geglu_gradients_from_kept",
+        compiler_params=compiler_params("parallel", "arbitrary"),
+        name="geglu_gradients_from_saved",
     )(dy, *given)
 
 
 def _candidates(tokens, hidden_dim):
-    """From large to small; of the same size those of F first, which decide how often all else is read."""
+    """Largest first. Ties go to the larger block of F, since the number of F blocks is how often all else is read."""
     all_tokens = round_up(tokens, ROWS)
     sizes = {min(MOST_TOKENS >> i, all_tokens) for i in range(MOST_TOKENS.bit_length()) if MOST_TOKENS >> i >= ROWS}
-    blocks = [Blocks(size, part, size) for part in parts_of_hidden(hidden_dim) for size in sizes]
+    blocks = [Blocks(size, part, size) for part in hidden_block_sizes(hidden_dim) for size in sizes]
     return sorted(blocks, key=lambda b: (b.tokens * b.hidden, b.hidden), reverse=True)
 
 
@@ -170,8 +167,8 @@ def _kernel(activation, tokens, turns, x, dy, gate_proj, up_proj, down_proj, dx,
     def wait_until_sent(slot):
         pltpu.make_async_copy(dx_rows.at[slot], in_memory, departures.at[slot]).wait()
 
-    # What is sent must be in memory before its place is used again, two steps later, and before its rows are fetched
-    # again: one step later, if there is one block of tokens.
+    # Rows must have arrived in memory before their buffer is used again, two steps later, and before they are fetched
+    # again, which is one step later if there is only one block of tokens.
     lag = min(turns, 2)
 
     @pl.when(step >= lag)
@@ -192,14 +189,13 @@ def _kernel(activation, tokens, turns, x, dy, gate_proj, up_proj, down_proj, dx,
             fill_zeros(total)
 
     x_TD, dy_TD = _existing(x[...], i, tokens), _existing(dy[...], i, tokens)
-    gate, up = multiply(x_TD, gate_proj), multiply(x_TD, up_proj)
-    h, pull_back = jax.vjp(functools.partial(gated, activation), gate, up)
-    dgate, dup = pull_back(multiply(dy_TD, down_proj, transpose=True))
-    h, dgate, dup = (a.astype(x.dtype) for a in (h, dgate, dup))
+    gate, up, dh = matmul(x_TD, gate_proj), matmul(x_TD, up_proj), matmul(dy_TD, down_proj, transpose=True)
+    gradients = ACTIVATIONS[activation].gated_gradients(gate, up, dh)
+    h, dgate, dup = (a.astype(x.dtype) for a in (ACTIVATIONS[activation].gated(gate, up), *gradients))
     sum_gate[...] += _outer(x_TD, dgate)
     sum_up[...] += _outer(x_TD, dup)
     sum_down[...] += _outer(h, dy_TD)
-    part = multiply(dgate, gate_proj, transpose=True) + multiply(dup, up_proj, transpose=True)
+    part = matmul(dgate, gate_proj, transpose=True) + matmul(dup, up_proj, transpose=True)
 
     @pl.when(j > 0)
     def _():
@@ -222,7 +218,7 @@ def _kernel(activation, tokens, turns, x, dy, gate_proj, up_proj, down_proj, dx,
             wait_until_sent(1 - slot)
 
 
-def _kernel_from_kept(activation, tokens, dy, gate, up, down_proj, dgate, dup, ddown_proj, sum_FD):
+def _kernel_from_saved(activation, tokens, dy, gate, up, down_proj, dgate, dup, ddown_proj, sum_FD):
     i = pl.program_id(1)
 
     @pl.when(i == 0)
@@ -231,9 +227,9 @@ def _kernel_from_kept(activation, tokens, dy, gate, up, down_proj, dgate, dup, d
 
     dy_TD, gate_TF, up_TF = (_existing(a[...], i, tokens) for a in (dy, gate, up))
     gate_TF, up_TF = gate_TF.astype(sum_FD.dtype), up_TF.astype(sum_FD.dtype)
-    h, pull_back = jax.vjp(functools.partial(gated, activation), gate_TF, up_TF)
-    sum_FD[...] += _outer(h.astype(dy.dtype), dy_TD)
-    for result, array in zip((dgate, dup), pull_back(multiply(dy_TD, down_proj, transpose=True))):
+    dh_TF = matmul(dy_TD, down_proj, transpose=True)
+    sum_FD[...] += _outer(ACTIVATIONS[activation].gated(gate_TF, up_TF).astype(dy.dtype), dy_TD)
+    for result, array in zip((dgate, dup), ACTIVATIONS[activation].gated_gradients(gate_TF, up_TF, dh_TF)):
         result[...] = array.astype(result.dtype)
 
     @pl.when(i == pl.num_programs(1) - 1)
@@ -242,7 +238,7 @@ def _kernel_from_kept(activation, tokens, dy, gate, up, down_proj, dgate, dup, d
 
 
 def _existing(a, i, tokens):
-    """The rows of block i, with zeros in those that no token has: they add nothing to sums over tokens."""
+    """Block i with zeros in the rows beyond the last token, so that they add nothing to sums over tokens."""
     size = a.shape[0]
     if tokens % size == 0:
         return a
@@ -251,5 +247,5 @@ def _existing(a, i, tokens):
 
 
 def _outer(a, b):
-    """a.T @ b, summed over tokens in float32."""
+    """a.T @ b, accumulated over tokens in float32."""
     return dot(a, b, (0,), (0,))

@@ -1,0 +1,71 @@
+"""What a feed-forward is traced with: the options of one call, and the kernels of the backend that computes it."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+
+from gemma_mlp.activations import Activation
+from gemma_mlp.config import MLPConfig
+from gemma_mlp.dtypes import accumulation_dtype
+
+
+class Backend(NamedTuple):
+    """Kernels that replace XLA's arithmetic. Where a field is None, :mod:`gemma_mlp.op.xla` does the work.
+
+    Code asks for a capability, never for a name. x and dy are [*B, D], gate, up and h are [*B, F]; all results are in
+    `op.dtype` unless said otherwise. "Saved" gate and up are those that `save="gate_up"` keeps for the backward pass.
+
+    Attributes:
+      forward: (op, params, x, save) -> (y,) or, to `save` them, (y, gate, up).
+      hidden: (op, params, x, save) -> (h,) or, to `save` them, (h, gate, up).
+      backward: (op, params, x, dy) -> (gradients of params in their dtypes, gradient of x in float32), from x alone.
+      hidden_backward: (op, params, dy, gate, up) -> (h, dgate, dup), from saved gate and up.
+      weight_backward: (op, params, dy, gate, up) -> (dgate, dup, gradient of down_proj), from saved gate and up, which
+        it overwrites. It takes all of F at once.
+      float32_slices: where nothing is saved, XLA's backward pass stores gate, up and dh in float32, in so many slices
+        of F. That is as accurate as a kernel, and takes less memory than whole arrays in bfloat16. None: it stores
+        them in `op.dtype`.
+      lacks: activations that its kernels cannot compute.
+    """
+
+    forward: Callable | None = None
+    hidden: Callable | None = None
+    backward: Callable | None = None
+    hidden_backward: Callable | None = None
+    weight_backward: Callable | None = None
+    float32_slices: int | None = None
+    lacks: tuple[Activation, ...] = ()
+
+
+XLA = Backend()
+
+
+class Op(NamedTuple):
+    """What is known of one call when it is traced.
+
+    Attributes:
+      config: the checked options.
+      dtype: the compute dtype.
+      dropout_rate: 0 where dropout is off.
+      backend: whose kernels run.
+      on_cpu: whether the program is compiled for a CPU; None: not known before it is lowered.
+      round_between: whether gate, up and dh are rounded to `dtype` where they are stored between matmuls.
+    """
+
+    config: MLPConfig
+    dtype: Any
+    dropout_rate: float = 0.0
+    backend: Backend = XLA
+    on_cpu: bool | None = False
+    round_between: bool = True
+
+    @property
+    def wide(self) -> jnp.dtype:
+        """The dtype of sums and of element-wise work."""
+        return accumulation_dtype(self.dtype)
+
+    @property
+    def stored(self) -> jnp.dtype:
+        """The dtype in which matmuls are stored that element-wise work follows."""
+        return self.dtype if self.round_between else self.wide
