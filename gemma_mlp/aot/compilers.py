@@ -114,8 +114,8 @@ def compile_for(
         "h200" for one GPU, "h200:4" for several GPUs of one host, "h200:16" for two hosts of eight GPUs each;
         "cpu" for this machine's own CPU.
       function: a function of arrays, which `jax.jit` can trace.
-      args: its arguments: arrays, `jax.ShapeDtypeStruct`s, or trees of these. A leaf with a sharding keeps it; the
-        mesh of that sharding must be made of :func:`devices`. A leaf without a sharding is placed on one chip.
+      args: its arguments: arrays, `jax.ShapeDtypeStruct`s, or trees of these. A `ShapeDtypeStruct` may have a sharding
+        over a mesh of :func:`devices`. All other leaves are placed on one chip.
       donate_argnums: the arguments that results may overwrite, as in `jax.jit`.
       compiler_options: options for XLA, such as {"xla_gpu_enable_triton_gemm": False}.
 
@@ -195,8 +195,8 @@ def _h200_topology(count: int) -> topologies.TopologyDescription:
         return topologies.get_topology_desc(platform="cuda", target_config=H200.replace("\n", " "), **topology)
     except NotImplementedError as error:
         raise ImportError(
-            "jax-cuda13-plugin must start. If JAX looks for a GPU, the plugin needs CUDA's libraries. Got: "
-            f"{error}. Fix: set JAX_PLATFORMS=cpu before JAX starts."
+            "jax-cuda13-plugin must start. It needs CUDA's libraries if JAX looks for a GPU. "
+            f"Got: {error}. Fix: set JAX_PLATFORMS=cpu before JAX starts."
         ) from error
 
 
@@ -204,6 +204,7 @@ def _require_package(package: str, version: str | None = None) -> None:
     try:
         installed = metadata.version(package)
     except metadata.PackageNotFoundError as error:
-        raise ImportError(f"{package} is not installed. Fix: pip install 'gemma-mlp[aot]'.") from error
+        raise ImportError(f"{package} must be installed. Fix: pip install 'gemma-mlp[aot]'.") from error
     if version is not None and installed != version:
-        raise ImportError(f"{package} {installed} does not fit JAX {version}. Fix: pip install {package}=={version}.")
+        rule = f"{package} must have the version of JAX, {version}."
+        raise ImportError(f"{rule} Got: {installed}. Fix: pip install {package}=={version}.")

@@ -84,9 +84,10 @@ def test_uneven_numbers_of_tokens_copy_x_alone(case):
 def test_multiplies_in_warp_groups_and_spills_no_register(case):
     kernel, T, *_ = case
     assembly = compiled_cases()[case][3]
-    products = re.findall(r"wgmma\.mma_async\S*", assembly)
+    multiplications = re.findall(r"wgmma\.mma_async\S*", assembly)
     shape = "m64n128k16" if T > 64 else "m64n64k16"  # 4 instructions sum over 64 elements
-    assert products == [f"wgmma.mma_async.sync.aligned.{shape}.f32.bf16.bf16"] * 4 * (2 if kernel == "hidden" else 1)
+    expected = [f"wgmma.mma_async.sync.aligned.{shape}.f32.bf16.bf16"] * 4 * (2 if kernel == "hidden" else 1)
+    assert multiplications == expected
     after = assembly.rpartition("wgmma.mma_async")[2]
     # The kernel frees its buffers after they have been read, not before.
     assert re.search(r"wgmma\.wait_group\S*\s+0|mbarrier\.arrive", after)[0].startswith("wgmma.wait_group")

@@ -32,14 +32,14 @@ def test_a_missing_compiler_is_explained(target, package, monkeypatch):
 
     monkeypatch.setattr(metadata, "version", version)
     compilers._topology.cache_clear()
-    with pytest.raises(ImportError, match=rf"{package} is not installed. Fix: pip install 'gemma-mlp\[aot\]'"):
+    with pytest.raises(ImportError, match=rf"{package} must be installed\. Fix: pip install 'gemma-mlp\[aot\]'"):
         aot.devices(target)
 
 
 def test_a_plugin_of_another_version_is_explained(monkeypatch):
     monkeypatch.setattr(metadata, "version", lambda name: "0.1.2")
     compilers._topology.cache_clear()
-    message = f"jax-cuda13-plugin 0.1.2 does not fit JAX {jax.__version__}. Fix: pip install jax-cuda13-plugin=="
+    message = rf"must have the version of JAX, {jax.__version__}\. Got: 0.1.2\. Fix: pip install jax-cuda13-plugin=="
     with pytest.raises(ImportError, match=message):
         aot.devices("h200")
 

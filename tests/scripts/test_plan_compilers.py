@@ -30,13 +30,13 @@ def sent(row, axes, *kinds):
 def test_a_training_step_on_h200s():
     """The mesh has four rows and two columns of chips."""
     row = attempt("h200:8", (1, 4, 2))
-    weights, stream = LAYERS * 3 * D * F // 2, LAYERS * 8192 * D  # numbers in a column of chips; in a row
+    weights, residual = LAYERS * 3 * D * F // 2, LAYERS * 8192 * D  # numbers in a column of chips; in a row
     # Gradients, in float32. Newer compilers send those of the norms with them.
     assert sent(row, "fsdp", "reduce-scatter") == pytest.approx(4 * weights * 3 / 4, rel=0.002)
     # Weights, in bfloat16: three in the forward pass; in the backward pass two to recompute gate and up, three for dx.
     assert sent(row, "fsdp", "all-gather") == pytest.approx(2 * weights / 3 * 8 * 3 / 4, rel=0.01)  # and the norms'
-    assert sent(row, "tensor", "all-gather") == 3 * 2 * stream / 2  # x, x again, dy
-    assert sent(row, "tensor", "reduce-scatter") == (2 + 4) * stream / 2  # y, and dx in float32
+    assert sent(row, "tensor", "all-gather") == 3 * 2 * residual / 2  # x, x again, dy
+    assert sent(row, "tensor", "reduce-scatter") == (2 + 4) * residual / 2  # y, and dx in float32
 
 
 @pytest.mark.parametrize(
@@ -50,12 +50,12 @@ def test_a_training_step_on_h200s():
 def test_a_forward_pass_on_tpus(target, mesh, exact):
     row = attempt(target, mesh, tokens=1024 if exact else 8192, program="forward")
     _, fsdp, tensor = mesh
-    weights, stream = LAYERS * 3 * D * F // tensor, LAYERS * row["tokens"] // fsdp * D
+    weights, residual = LAYERS * 3 * D * F // tensor, LAYERS * row["tokens"] // fsdp * D
     gathered = 2 * weights * (fsdp - 1) / fsdp
     assert sent(row, "fsdp", "all-gather", "collective-permute") == pytest.approx(gathered, rel=0 if exact else 0.1)
-    assert sent(row, "tensor", "all-gather") == 2 * stream * (tensor - 1) / tensor
-    assert sent(row, "tensor", "reduce-scatter") == pytest.approx(2 * stream * (tensor - 1) / tensor, rel=0.02)
-    assert row["bytes"]["arguments"] == pytest.approx(4 * weights / fsdp + 2 * stream / LAYERS / tensor, rel=0.03)
+    assert sent(row, "tensor", "all-gather") == 2 * residual * (tensor - 1) / tensor
+    assert sent(row, "tensor", "reduce-scatter") == pytest.approx(2 * residual * (tensor - 1) / tensor, rel=0.02)
+    assert row["bytes"]["arguments"] == pytest.approx(4 * weights / fsdp + 2 * residual / LAYERS / tensor, rel=0.03)
 
 
 def plan(*flags):

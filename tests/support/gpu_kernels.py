@@ -1,6 +1,6 @@
 """Compiles the GPU kernels for the H200, case by case. Run by tests/aot/test_gpu.py in a process of its own.
 
-The compilers describe a kernel on the standard error stream, once per process, and abort where they find no libdevice.
+The compilers describe a kernel on standard error, once per process, and abort the process if they find no libdevice.
 """
 
 import functools
