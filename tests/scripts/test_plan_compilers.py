@@ -43,8 +43,9 @@ def test_a_training_step_on_h200s():
     ("target", "mesh", "exact"),
     [
         ("v5e:2x4", (1, 4, 2), True),
-        ("v6e:2x4", (1, 4, 2), True),
-        ("v5e:4x8", (1, 16, 2), False),  # its inner loops make 17 turns, of which 15 would be enough
+        pytest.param("v6e:2x4", (1, 4, 2), True, marks=pytest.mark.slow),
+        # Its inner loops make 17 turns, of which 15 would be enough.
+        pytest.param("v5e:4x8", (1, 16, 2), False, marks=pytest.mark.slow),
     ],
 )
 def test_a_forward_pass_on_tpus(target, mesh, exact):
