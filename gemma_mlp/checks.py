@@ -8,7 +8,6 @@ import functools
 import operator
 from collections.abc import Callable
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
 import chex
@@ -41,11 +40,6 @@ def require_choice(name: str, value: Any, choices: Any) -> None:
     """Raises ValueError unless `value` is one of the names in `choices`."""
     known = isinstance(value, str) and value in choices
     require(known, f"{name} must be one of {', '.join(choices)}.", repr(value), "use one of these names.")
-
-
-def require_new(path: Path) -> None:
-    """Raises ValueError if there is something at `path`."""
-    require(not path.exists(), "A checkpoint is written to a new folder.", f"{path}, which exists", "choose another.")
 
 
 @contextmanager

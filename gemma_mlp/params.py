@@ -11,13 +11,13 @@ from gemma_mlp.config import MLPConfig
 
 # Every leaf and its axes: D is embed_dim, F is hidden_dim. Weights are stored (in, out).
 LEAVES = {
+    "pre_norm": "D",
     "gate_proj": "DF",
     "up_proj": "DF",
     "down_proj": "FD",
     "gate_bias": "F",
     "up_bias": "F",
     "down_bias": "D",
-    "pre_norm": "D",
     "post_norm": "D",
 }
 WEIGHTS = tuple(name for name, axes in LEAVES.items() if len(axes) == 2)

@@ -1,12 +1,15 @@
-"""Shardings over a mesh for all that a training step holds: parameters of either shell, optimizer state, activations.
+"""Makes shardings over a mesh for parameters (NNX, Linen or functional), optimizer state and activations.
 
     mesh = jax.make_mesh((1, 2, 4), ("data", "fsdp", "tensor"), axis_types=(jax.sharding.AxisType.Auto,) * 3)
     config = dataclasses.replace(config, axis_rules=sharding.RULES)
+    shardings = sharding.named_shardings(MLPBlockParams.specs(config), mesh, config.axis_rules)
     with jax.set_mesh(mesh):
-        params = jax.device_put(params, sharding.named_shardings(MLPBlockParams.specs(config), mesh))
+        params = jax.device_put(params, shardings)
         y = jax.jit(mlp_block, static_argnums=2)(params, x, config)
 
-Meshes of automatic and of explicit axes (`jax.sharding.AxisType`) both work.
+The mesh may have automatic or explicit axes (`jax.sharding.AxisType`). Pass `config.axis_rules` to these functions: the
+same rules tell XLA how to split the arrays inside the feed-forward. If `nnx.eval_shape` or Linen's `init` runs with a
+mesh in force, Flax needs the rules as well, by `flax.linen.logical_axis_rules(config.axis_rules)`.
 """
 
 from typing import Any
@@ -31,22 +34,22 @@ from gemma_mlp.params import LeafSpec
 
 __all__ = ["RULES", "SEQUENCE_PARALLEL_RULES", "Rules", "activation_sharding", "named_shardings", "optimizer_shardings"]
 
-BOXES = (nnx.Variable, nn.Partitioned, LeafSpec)  # what carries logical axes
+BOXES = (nnx.Variable, nn.Partitioned, LeafSpec)  # the types of leaves that carry logical axes
 
 
 def named_shardings(tree: Any, mesh: Mesh, rules: Rules = RULES) -> Any:
-    """A sharding for every leaf of `tree`, in a tree of the same structure.
+    """Returns a tree like `tree` that has a sharding for every leaf.
 
     Args:
-      tree: arrays, or `jax.ShapeDtypeStruct`s, with their logical axes: an `nnx.State` of a model or of an
-        `nnx.Optimizer`, Linen's variables or a train state of them as `init` gives them, boxed, or
-        `MLPBlockParams.specs(config)`. What among them has no logical axes is put whole on every device.
+      tree: arrays or `jax.ShapeDtypeStruct`s that carry logical axes. This may be the `nnx.State` of a model or of an
+        `nnx.Optimizer`, Linen's variables or train state with their boxes, as `init` returns them, or
+        `MLPBlockParams.specs(config)`. Leaves without logical axes are replicated on every device.
       mesh: the devices.
-      rules: which mesh axes each logical axis is split over.
+      rules: says which mesh axes split each logical axis.
 
     Raises:
-      ValueError: if an axis does not divide, the mesh has no such axis, a logical axis has no rule, or nothing in the
-        tree has logical axes.
+      ValueError: if a mesh axis does not divide the axis that it splits, the mesh lacks an axis that the rules name, a
+        logical axis has no rule, or no leaf of the tree has logical axes.
     """
     require_rules(rules)
 
@@ -79,13 +82,16 @@ def named_shardings(tree: Any, mesh: Mesh, rules: Rules = RULES) -> Any:
 
 
 def optimizer_shardings(optimizer: optax.GradientTransformation, params: Any, shardings: Any, mesh: Mesh) -> Any:
-    """A sharding for every leaf of `optimizer.init(params)`: what goes with a parameter is split as it is.
+    """Returns a sharding for every leaf of `optimizer.init(params)`.
+
+    A leaf that belongs to a parameter, such as a moment, is sharded like the parameter. Every other leaf, such as a
+    step count, is replicated.
 
     Args:
-      optimizer: any of optax.
-      params: the parameters, or their `jax.ShapeDtypeStruct`s.
-      shardings: of the parameters, in a tree of the same structure.
-      mesh: the devices; what does not go with a parameter is put whole on each.
+      optimizer: any optimizer of optax.
+      params: the parameters or their `jax.ShapeDtypeStruct`s.
+      shardings: the shardings of the parameters, in a tree of the same structure.
+      mesh: the devices.
     """
     return optax.tree_map_params(
         optimizer,
@@ -97,10 +103,17 @@ def optimizer_shardings(optimizer: optax.GradientTransformation, params: Any, sh
 
 
 def activation_sharding(shape: tuple[int, ...], mesh: Mesh, rules: Rules = RULES) -> NamedSharding:
-    """How the residual stream [*B, D] is split between blocks, its first axis being `batch`, the second last `length`.
+    """Returns the sharding of the residual stream [*B, D] between blocks.
+
+    The first axis is `batch`. Of three or more axes, the second last is `length`. D is not split.
+
+    Args:
+      shape: the shape of the array, [*B, D].
+      mesh: the devices.
+      rules: says which mesh axes split each logical axis.
 
     Raises:
-      ValueError: as :func:`named_shardings`.
+      ValueError: if a mesh axis does not divide the axis that it splits, or the mesh lacks an axis that the rules name.
     """
     require_rules(rules)
     return NamedSharding(mesh, activation_spec(shape, None, mesh, rules))

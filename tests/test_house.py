@@ -10,16 +10,24 @@ import gemma_mlp
 PACKAGE = Path(gemma_mlp.__file__).parent
 FLOORS = [
     {"checks", "activations", "op.slices", "testing.oracle"},
-    {"dtypes", "mesh", "aot.hlo", "checkpoint.safetensors_folder", "op.cpu"},
+    {"dtypes", "mesh", "aot.hlo", "op.cpu"},
     {"config", "aot.compilers"},
     {"params", "aot"},
-    {"op.backend", "op.tpu_blocks", "op.gpu_kernels", "layouts.trees", "sharding", "testing.samples"},
-    {"op.xla", "op.tpu_forward", "op.tpu_backward", "op.gpu", "layouts.libraries"},
-    {"op.vjp", "op.tpu", "layouts"},
-    {"op.choose", "checkpoint.loading"},
-    {"op.api", "checkpoint.huggingface", "checkpoint.orbax"},
-    {"block", "checkpoint"},
-    {"nnx", "linen", "testing.stacks"},
+    {
+        "op.backend",
+        "op.tpu_blocks",
+        "op.gpu_kernels",
+        "layouts.layout",
+        "layouts.arrays",
+        "sharding",
+        "testing.samples",
+    },
+    {"op.xla", "op.tpu_forward", "op.tpu_backward", "op.gpu", "layouts.slots", "layouts.libraries"},
+    {"op.vjp", "op.tpu", "layouts.trees"},
+    {"op.choose", "layouts", "checkpoint.checks"},
+    {"op.api", "checkpoint.loading", "checkpoint.safetensors_folder"},
+    {"block", "checkpoint.huggingface", "checkpoint.orbax"},
+    {"nnx", "linen", "checkpoint", "testing.stacks"},
 ]
 EMPTY = {"__init__", "op", "testing"}  # packages that hold no names of their own
 FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}

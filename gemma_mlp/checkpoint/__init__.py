@@ -1,6 +1,6 @@
-"""The block's parameters out of checkpoints and back into them: Hugging Face folders, and Orbax in any layout.
+"""Reads and writes the block's parameters: Hugging Face folders, and Orbax checkpoints in any layout.
 
-Only safetensors and Orbax; no pickle is ever opened. Needs the `checkpoint` extra.
+It never opens a pickle. It needs the `checkpoint` extra.
 """
 
 from gemma_mlp.checkpoint.huggingface import (

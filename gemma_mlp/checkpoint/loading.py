@@ -1,4 +1,8 @@
-"""Puts layers onto devices tensor by tensor, and into stacks part by part: beside the result, one is in memory."""
+"""Loads layers onto devices: one tensor at a time, and into stacks one part of a tensor at a time.
+
+Besides the result, at most one tensor or part is in host memory. So no variable may hold a part while the next one is
+read: the loops delete it first.
+"""
 
 import dataclasses
 import functools
@@ -6,37 +10,49 @@ import math
 import operator
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 
+from gemma_mlp.checkpoint.checks import count_not_finite, require_finite
 from gemma_mlp.checks import describe, require
 from gemma_mlp.dtypes import accumulation_dtype, compute_dtype
-from gemma_mlp.layouts.trees import Layout, Slot, block_leaves, locate, make_params
+from gemma_mlp.layouts.layout import Layout
+from gemma_mlp.layouts.slots import Slot, locate
+from gemma_mlp.layouts.trees import block_leaves, make_params
 from gemma_mlp.params import MLPBlockParams
 
-ALIGNMENT = 64  # bytes, of memory that XLA's CPU backend takes as it is (its MinAlign)
+ALIGNMENT = 64  # bytes: JAX uses NumPy memory on a CPU without a copy if it is aligned so (XLA's MinAlign)
+STACK_PARTS = 4  # parts in which a leaf is read into a stack
 Progress = Callable[[Sequence[str]], Iterable[str]]
 
 
+class Reader(Protocol):
+    """Reads the files of a checkpoint."""
+
+    def read(self, slot: Slot, index: tuple[slice, ...], dtype: Any) -> np.ndarray:
+        """The part of a leaf that `index` selects, cast to `dtype`."""
+        ...
+
+
 class Source(NamedTuple):
-    """Layers of a checkpoint of which everything but the values is known to be right."""
+    """Layers of a checkpoint. Everything but their values has been checked."""
 
     layout: Layout
     tensors: Mapping[str, Any]  # by name, with shape and dtype
     slots: Mapping[int, Mapping[str, Slot]]  # by layer and leaf
-    where: Callable[[str], str]  # the file of a tensor
+    where: Callable[[str], str]  # gives the file of a tensor
 
     @classmethod
     def of(cls, layout: Layout, tensors: Mapping[str, Any], num_layers: int, layers: Sequence[int], where) -> "Source":
-        """Errors are those of :func:`gemma_mlp.layouts.trees.locate`."""
+        """Raises the errors of :func:`gemma_mlp.layouts.slots.locate`."""
         return cls(layout, tensors, dict(zip(layers, locate(layout, tensors, num_layers, layers, where))), where)
 
     def shapes(self) -> list[MLPBlockParams]:
-        """What there is to load, as `jax.ShapeDtypeStruct`s."""
+        """The layers as `jax.ShapeDtypeStruct`s."""
 
         def shape(slot):
             tensor = self.tensors[slot.tensor]
@@ -46,75 +62,51 @@ class Source(NamedTuple):
 
 
 def choose_layers(num_layers: int, layers: Sequence[int] | None) -> Sequence[int]:
-    """The numbers of the layers asked for.
+    """The numbers of the chosen layers; None chooses all.
 
     Raises:
-      ValueError: if there is no such layer, or one is asked for twice, or none.
+      ValueError: if there is no such layer, one is chosen twice, or none is chosen.
     """
     numbers = range(num_layers) if layers is None else [operator.index(layer) for layer in layers]
     require(
         len(numbers) > 0 and len(set(numbers)) == len(numbers) and all(0 <= number < num_layers for number in numbers),
-        f"layers names some of the layers 0 to {num_layers - 1}, each once.",
+        f"layers must name some of the layers 0 to {num_layers - 1}, each once.",
         str(list(numbers)),
         "check layers=.",
     )
     return numbers
 
 
-@dataclasses.dataclass(frozen=True)
-class Part:
-    """Some of a leaf on one device, with the names of a `jax.Shard`, which serves as well."""
-
-    device: Any
-    index: tuple[slice, ...]  # in the leaf
-    replica_id: int  # 0 on one device
-    data: jax.Array
-
-
 def load(
-    source: Source,
-    fetch: Callable[[Slot, tuple[int, ...], Any, Any], Iterable[Any]],
-    *,
-    dtype: Any,
-    shardings: Any,
-    stacked: bool,
-    progress: Progress | None,
+    source: Source, reader: Reader, *, dtype: Any, shardings: Any, stacked: bool, progress: Progress | None
 ) -> Any:
     """A list of layers, or one stack of them.
 
     Args:
-      source: where they are.
-      fetch: gives one leaf: (slot, shape, dtype, sharding) -> :class:`Part` s, one for each device unless `stacked`.
-        Leaves of one tensor are asked for in a row.
-      dtype: to cast to; None: that of the tensors.
-      shardings: None, a device, or an `MLPBlockParams` of shardings, of stacked leaves if `stacked`.
-      stacked: whether to stack.
-      progress: wraps what is iterated over, tensor by tensor, as tqdm does.
+      source: where the layers are.
+      reader: reads their files.
+      dtype: to cast to; None: the dtype of the tensors.
+      shardings: None, a device, or an `MLPBlockParams` of shardings (of stacked leaves if `stacked`).
+      stacked: whether to stack the layers.
+      progress: wraps the iteration over tensors, as tqdm does.
 
     Raises:
-      ValueError: if a tensor is not finite; for a dtype or a sharding that cannot be had.
+      ValueError: if a tensor is not finite, or a dtype or sharding is not possible.
     """
     shapes = {leaf: source.layout.shape(axes, 0, 1) for leaf, axes in source.layout.leaves.items()}
-    lead = (len(source.slots),) if stacked else ()
-    placed = leaf_shardings(shardings, {leaf: (*lead, *shape) for leaf, shape in shapes.items()})
-    by_tensor: dict[str, list[tuple[int, Slot]]] = {}
+    result = (_Stack if stacked else _List)(len(source.slots), shapes, shardings)
+    by_tensor: dict[str, list[tuple[int, Slot]]] = {}  # so that leaves of one tensor are read one after the other
     for position, slots in enumerate(source.slots.values()):
         for slot in slots.values():
             by_tensor.setdefault(slot.tensor, []).append((position, slot))
-
-    gathering = Gathering(len(source.slots), shapes, placed, stacked)
     for name in progress(list(by_tensor)) if progress else by_tensor:
         for position, slot in by_tensor[name]:
             own = source.tensors[name].dtype
             target = compute_dtype(dtype or (accumulation_dtype(own) if slot.plus_one else own))
-            # No name holds the parts, which would keep them until the next have come.
-            gathering.add(
-                position,
-                slot.leaf,
-                fetch(slot, shapes[slot.leaf], target, gathering.sharding(slot.leaf)),
-                f"{name} in {source.where(name)}",
-            )
-    return gathering.result()
+            read = functools.partial(reader.read, slot, dtype=target)
+            not_finite = result.add(position, slot.leaf, read)
+            require_finite(f"{name} in {source.where(name)}", not_finite, math.prod(shapes[slot.leaf]))
+    return result.params()
 
 
 def leaf_shardings(shardings: Any, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
@@ -128,129 +120,115 @@ def leaf_shardings(shardings: Any, shapes: Mapping[str, tuple[int, ...]]) -> dic
         return dict.fromkeys(shapes, SingleDeviceSharding(device))
     require(
         isinstance(shardings, MLPBlockParams) and block_leaves(shardings).keys() == shapes.keys(),
-        f"Shardings are a device, or an MLPBlockParams with one for {', '.join(shapes)}.",
+        f"shardings must be a device, or an MLPBlockParams with one sharding for each of {', '.join(shapes)}.",
         describe(shardings),
-        "gemma_mlp.layouts.trees.make_params makes one of a dict.",
+        "gemma_mlp.layouts.make_params makes an MLPBlockParams from a dict.",
     )
     leaves = block_leaves(shardings)
     for name, shape in shapes.items():
         require(
             isinstance(leaves[name], NamedSharding | SingleDeviceSharding),
-            "A sharding is a NamedSharding or a SingleDeviceSharding.",
+            "A sharding must be a NamedSharding or a SingleDeviceSharding.",
             f"{describe(leaves[name])} for {name}",
             "jax.NamedSharding(mesh, jax.P(...)).",
         )
-        leaves[name].shard_shape(shape)  # raises where it does not divide
+        leaves[name].shard_shape(shape)  # raises if it does not divide the shape
     return leaves
 
 
-def place(
-    read: Callable[[tuple[slice, ...]], np.ndarray], shape: tuple[int, ...], sharding: Any, pieces: int
-) -> Iterator[Part]:
-    """The parts of an array of which `read` gives any; one is on the host at a time, and replicas are read once.
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """Some of a leaf, on one device."""
 
-    None has more than 1 / `pieces` of the last axis, which in a file of Hugging Face's is the first.
+    index: tuple[slice, ...]  # in the leaf
+    data: jax.Array
+    device: Any
+    replica: int  # the same part may be on several devices; 0 on one of them
+
+
+def read_parts(
+    read: Callable[[tuple[slice, ...]], np.ndarray], shape: tuple[int, ...], sharding: Any, count: int = 1
+) -> Iterator[Part]:
+    """Reads an array and puts it onto devices, one part after the other. What several devices hold is read once.
+
+    A part covers at most 1 / `count` of the last axis. A Hugging Face file has that axis first, so that a part of it
+    is contiguous there.
     """
     holders: dict[tuple, list[Any]] = defaultdict(list)
     for device, index in sharding.addressable_devices_indices_map(shape).items():
         holders[tuple(at.indices(size)[:2] for at, size in zip(index, shape))].append(device)
-    step = -(-shape[-1] // pieces)
+    step = -(-shape[-1] // count)
     for (*rest, (first, last)), devices in holders.items():
         for start in range(first, last, step):
             index = (*(slice(*bounds) for bounds in rest), slice(start, min(start + step, last)))
-            part = read(index)
+            data = read(index)
             for replica, device in enumerate(devices):
-                yield Part(device, index, replica, jax.block_until_ready(jax.device_put(part, device)))
-            del part  # or it would be there until the next is
+                yield Part(index, jax.block_until_ready(jax.device_put(data, device)), device, replica)
+            del data
 
 
-def without_layers(sharding: Any) -> Any:
-    """The sharding of one layer of a stack."""
-    if isinstance(sharding, NamedSharding):
-        return NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[1:]))
-    return sharding
+class _List:
+    """Takes the leaves of layers in any order and gives a list of layers."""
 
-
-class Gathering:
-    """Takes the leaves of layers one by one, in any order, and gives a list of layers or one stack.
-
-    Args:
-      num_layers: how many will come.
-      shapes: of the leaves of a layer.
-      shardings: of the leaves of the result.
-      stacked: whether to stack them.
-    """
-
-    def __init__(
-        self, num_layers: int, shapes: Mapping[str, tuple[int, ...]], shardings: Mapping[str, Any], stacked: bool
-    ):
-        self._num_layers, self._shapes, self._shardings, self._stacked = num_layers, shapes, shardings, stacked
+    def __init__(self, num_layers: int, shapes: Mapping[str, tuple[int, ...]], shardings: Any):
+        self._shapes, self._shardings = shapes, leaf_shardings(shardings, shapes)
         self._layers: list[dict[str, jax.Array]] = [{} for _ in range(num_layers)]
+
+    def add(self, layer: int, leaf: str, read: Callable[[tuple[slice, ...]], np.ndarray]) -> int:
+        """Takes one leaf. Returns how many of its numbers are not finite."""
+        shape, sharding = self._shapes[leaf], self._shardings[leaf]
+        shards = [part.data for part in read_parts(read, shape, sharding)]
+        self._layers[layer][leaf] = jax.make_array_from_single_device_arrays(shape, sharding, shards)
+        return count_not_finite(self._layers[layer][leaf])
+
+    def params(self) -> list[MLPBlockParams]:
+        return [make_params(layer) for layer in self._layers]
+
+
+class _Stack:
+    """Takes the leaves of layers in any order and gives one stack of layers."""
+
+    def __init__(self, num_layers: int, shapes: Mapping[str, tuple[int, ...]], shardings: Any):
+        self._shapes = {leaf: (num_layers, *shape) for leaf, shape in shapes.items()}
+        self._shardings = leaf_shardings(shardings, self._shapes)
         self._stacks: dict[str, dict[Any, jax.Array | np.ndarray]] = defaultdict(dict)  # by leaf and device
 
-    def sharding(self, leaf: str) -> Any:
-        """How one layer's leaf is to come."""
-        return without_layers(self._shardings[leaf]) if self._stacked else self._shardings[leaf]
+    def add(self, layer: int, leaf: str, read: Callable[[tuple[slice, ...]], np.ndarray]) -> int:
+        """Takes one leaf. Returns how many of its numbers are not finite."""
+        sharding, not_finite = self._shardings[leaf], 0
+        if isinstance(sharding, NamedSharding):  # that of one layer
+            sharding = NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[1:]))
+        for part in read_parts(read, self._shapes[leaf][1:], sharding, STACK_PARTS):
+            self._write(layer, leaf, part)
+            not_finite += 0 if part.replica else count_not_finite(part.data)
+            del part
+        return not_finite
 
-    def add(self, layer: int, leaf: str, parts: Iterable[Any], name: str) -> None:
-        """Takes one leaf, `name` in messages.
-
-        Raises:
-          ValueError: if it is not finite.
-        """
-        if self._stacked:  # by map: a loop's name would hold a part until the next has come
-            bad = sum(map(functools.partial(self._set, layer, leaf), parts))
-            _require_none(name, bad, math.prod(self._shapes[leaf]))
-        else:
-            shards = [part.data for part in parts]
-            array = jax.make_array_from_single_device_arrays(self._shapes[leaf], self._shardings[leaf], shards)
-            require_finite(name, array)
-            self._layers[layer][leaf] = array
-
-    def _set(self, layer: int, leaf: str, part: Any) -> int:
-        """Writes a part into the stack of its device. How many numbers are not finite; of replicas one counts."""
-        shape, sharding, stacks = (self._num_layers, *self._shapes[leaf]), self._shardings[leaf], self._stacks[leaf]
+    def _write(self, layer: int, leaf: str, part: Part) -> None:
+        """Writes a part into the shard of the stack that its device holds, unless another device has this layer."""
+        shape, sharding, stacks = self._shapes[leaf], self._shardings[leaf], self._stacks[leaf]
         if part.device not in stacks:
             stacks[part.device] = _new_stack(sharding.shard_shape(shape), part.data.dtype, part.device)
         held = sharding.addressable_devices_indices_map(shape)[part.device]
         start = [(to.start or 0) - (own.start or 0) for to, own in zip((slice(layer, None), *part.index), held)]
         if start[0] in range(len(stacks[part.device])):
-            stacks[part.device] = _set_part(stacks[part.device], part.data, start)
-        return 0 if part.replica_id else _count_not_finite(part.data)
+            stacks[part.device] = _overwrite(stacks[part.device], part.data, start)
 
-    def result(self) -> Any:
-        """All that came."""
-        if not self._stacked:
-            return [make_params(layer) for layer in self._layers]
+    def params(self) -> MLPBlockParams:
         stacks = {}
         for leaf, parts in self._stacks.items():
-            sharding = self._shardings[leaf]
-            shape = (self._num_layers, *self._shapes[leaf])
             arrays = [jax.device_put(stack, device, may_alias=True) for device, stack in parts.items()]
+            shape, sharding = self._shapes[leaf], self._shardings[leaf]
             stacks[leaf] = jax.make_array_from_single_device_arrays(shape, sharding, arrays)
         return make_params(stacks)
 
 
-def require_finite(name: str, array: Any) -> None:
-    """Raises ValueError unless all of the array is finite."""
-    _require_none(name, _count_not_finite(array), array.size)
-
-
-def _require_none(name: str, bad: int, size: int) -> None:
-    require(bad == 0, f"{name} is finite.", f"{bad} numbers that are not, of {size}", "find a sound copy.")
-
-
-def _count_not_finite(array: Any) -> int:
-    return 0 if _all_finite(array) else int((~jnp.isfinite(array)).sum())
-
-
-@jax.jit
-def _all_finite(array):
-    return jnp.isfinite(array).all()
-
-
 def _new_stack(shape: tuple[int, ...], dtype: Any, device: Any) -> jax.Array | np.ndarray:
-    """Zeros on a device; for a CPU memory that takes no room before it is written, and that JAX then takes as it is."""
+    """Zeros on a device. For a CPU they are NumPy's, in memory that JAX can use without a copy.
+
+    NumPy's zeros take no memory before they are written. With JAX's zeros, the whole stack would take memory from the
+    start, and a file of Orbax with one chunk for each tensor would need twice as much besides the result.
+    """
     if device.platform != "cpu":
         return jnp.zeros(shape, dtype, device=device)
     size = math.prod(shape) * dtype.itemsize
@@ -259,8 +237,8 @@ def _new_stack(shape: tuple[int, ...], dtype: Any, device: Any) -> jax.Array | n
     return memory[start : start + size].view(dtype).reshape(shape)
 
 
-def _set_part(stack: Any, part: jax.Array, start: Sequence[int]) -> Any:
-    """`stack`, in whose place it is, with one layer's part."""
+def _overwrite(stack: Any, part: jax.Array, start: Sequence[int]) -> Any:
+    """`stack` with a part of one layer written into it at `start`, in place."""
     if not isinstance(stack, np.ndarray):
         return jax.block_until_ready(_update(stack, part, start))
     at = tuple(slice(first, first + size) for first, size in zip(start, (1, *part.shape)))
@@ -270,4 +248,4 @@ def _set_part(stack: Any, part: jax.Array, start: Sequence[int]) -> Any:
 
 @functools.partial(jax.jit, donate_argnums=0)
 def _update(stack, part, start):
-    return jax.lax.dynamic_update_slice(stack, part[None], start)  # in place, which stack.at[...].set is not
+    return jax.lax.dynamic_update_slice(stack, part[None], start)  # unlike stack.at[...].set, this works in place

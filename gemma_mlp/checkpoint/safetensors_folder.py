@@ -1,11 +1,11 @@
-"""Folders of safetensors files as Hugging Face writes them: one file, or shards and an index."""
+"""Folders of safetensors files, as Hugging Face writes them: one file, or several shards and an index."""
 
 import json
 import os
 import re
 import shutil
 import uuid
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
@@ -14,12 +14,13 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from gemma_mlp.checks import require, require_new
+from gemma_mlp.checkpoint.checks import require_new
+from gemma_mlp.checks import require
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-SHARD_BYTES = 5 * 10**9  # as Hugging Face cuts them
+SHARD_BYTES = 5 * 10**9  # the size of Hugging Face's own shards
 
-DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64"}  # others by their own names
+DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64"}  # others keep their names
 
 
 class Header(NamedTuple):
@@ -30,16 +31,16 @@ class Header(NamedTuple):
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object.
+    """The JSON object in a file.
 
     Raises:
-      ValueError: if the file is not there or is not one.
+      ValueError: if there is no such file, or it holds something else.
     """
     try:
         value = json.loads(path.read_text())
     except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is a JSON file. Received: {error}. Fix: give the checkpoint's own folder.") from error
-    require(isinstance(value, dict), f"{path} holds a JSON object.", type(value).__name__, "download it again.")
+        raise ValueError(f"{path} must be a JSON file. Got: {error}. Fix: give the checkpoint's own folder.") from error
+    require(isinstance(value, dict), f"{path} must hold a JSON object.", type(value).__name__, "download it again.")
     return value
 
 
@@ -47,36 +48,36 @@ def list_files(folder: Path) -> dict[str, Path]:
     """The file of every tensor, by the tensor's name.
 
     Raises:
-      ValueError: if there is no file, an index that cannot be read, or one that names what is not in the folder.
+      ValueError: if there is no file, or the index cannot be read or names a file that is not in the folder.
     """
     present = [name for name in (SINGLE, INDEX) if (folder / name).exists()]
     require(
         len(present) == 1,
-        f"{folder} holds either {SINGLE} or {INDEX}.",
+        f"{folder} must hold either {SINGLE} or {INDEX}.",
         " and ".join(present or sorted(path.name for path in folder.glob("*"))[:5]) or "nothing",
         "remove the stale one; files in other formats (.bin, .pt) are pickles, which are never opened.",
     )
     if present == [SINGLE]:
-        return dict.fromkeys(read_headers(folder / SINGLE), folder / SINGLE)
-    names = read_json(folder / INDEX).get("weight_map")
+        with opened(folder / SINGLE) as file:
+            return dict.fromkeys(file.keys(), folder / SINGLE)
+    names: Any = read_json(folder / INDEX).get("weight_map")
     require(
         isinstance(names, dict) and bool(names) and all(isinstance(name, str) for name in names.values()),
-        f"{folder / INDEX} has a weight_map of tensors' names to files' names.",
+        f"{folder / INDEX} must have a weight_map from names of tensors to names of files.",
         repr(names)[:100],
         "download it again.",
     )
-    assert isinstance(names, dict)
     for tensor, name in names.items():
-        # Links inside the folder may lead anywhere: the hub's cache is made of them, and they are the user's own.
+        # A link in the folder may lead anywhere: Hugging Face's cache consists of links, which the user has made.
         require(
             PurePosixPath(name).parts == (name,) and name not in (".", "..") and name.endswith(".safetensors"),
-            f"{folder / INDEX} names safetensors files in its own folder.",
+            f"{folder / INDEX} must name safetensors files in its own folder.",
             f"{name!r} for {tensor}",
             "do not load this checkpoint: such a path escapes the folder or is a pickle.",
         )
         require(
             (folder / name).is_file(),
-            f"{tensor} is in {folder / name}, as the index says.",
+            f"{tensor} must be in {folder / name}, as the index says.",
             "no such file",
             "download the missing shard.",
         )
@@ -85,48 +86,50 @@ def list_files(folder: Path) -> dict[str, Path]:
 
 @contextmanager
 def opened(path: Path) -> Iterator[Any]:
-    """A safetensors file; what is wrong with it is a ValueError that names it."""
+    """An open safetensors file. If the file is not sound, the error is a ValueError that names it."""
     try:
         with safetensors.safe_open(path, framework="numpy") as file:
             yield file
     except (safetensors.SafetensorError, OSError, OverflowError) as error:
         raise ValueError(
-            f"{path} is a whole safetensors file. Received: {error}. Fix: download it again; it may be cut short."
+            f"{path} must be a whole safetensors file. Got: {error}. Fix: download it again; it may be cut short."
         ) from error
 
 
-def read_headers(path: Path) -> dict[str, Header]:
-    """What the file holds."""
-    with opened(path) as file:
-        slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
-        return {
-            name: Header(tuple(part.get_shape()), DTYPES.get(str(part.get_dtype()), str(part.get_dtype())))
-            for name, part in slices.items()
-        }
+def read_headers(files: Mapping[str, Path], wanted: Container[str]) -> dict[str, Header | None]:
+    """The headers of all tensors in those files that hold a `wanted` one.
+
+    Tensors in other files, which are not opened, have None. A tensor that is not in the file that the index names is
+    left out.
+    """
+    needed = {path for name, path in files.items() if name in wanted}
+    headers: dict[str, Header | None] = {name: None for name, path in files.items() if path not in needed}
+    for path in needed:
+        with opened(path) as file:
+            for name in file.keys():  # noqa: SIM118
+                if files.get(name) == path:
+                    part = file.get_slice(name)
+                    dtype = str(part.get_dtype())
+                    headers[name] = Header(tuple(part.get_shape()), DTYPES.get(dtype, dtype))
+    return headers
 
 
-def create(
-    folder: Path, tensors: Iterable[tuple[str, np.ndarray]], config: Mapping[str, Any], shard_bytes: int
-) -> None:
-    """Writes a new folder, whole or not at all."""
+def create(folder: Path, tensors: Mapping[str, Callable[[], Any]], config: Mapping[str, Any], shard_bytes: int) -> None:
+    """Writes a new folder of tensors, each made by its function, and a config.json. It appears whole or not at all."""
     require_new(folder)
     partial = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}")
     partial.mkdir(parents=True)
     try:
-        shards: list[dict[str, Path]] = []
+        shards: list[list[str]] = []  # names of tensors
         for shard in _shards(tensors, shard_bytes):
-            path = partial / f"shard-{len(shards)}"
-            safetensors.numpy.save_file(shard, path, metadata={"format": "pt"})
-            shards.append(dict.fromkeys(shard, path))
-        total = sum(path.stat().st_size for shard in shards for path in set(shard.values()))
-        names = (
-            [SINGLE]
-            if len(shards) == 1
-            else [f"model-{number:05}-of-{len(shards):05}.safetensors" for number in range(1, len(shards) + 1)]
-        )
-        for shard, name in zip(shards, names):
-            next(iter(shard.values())).rename(partial / name)
-        if len(shards) > 1:
+            safetensors.numpy.save_file(shard, partial / f"shard-{len(shards)}", metadata={"format": "pt"})
+            shards.append(list(shard))
+        total = sum(path.stat().st_size for path in partial.iterdir())
+        count = len(shards)
+        names = [SINGLE] if count == 1 else [f"model-{i + 1:05}-of-{count:05}.safetensors" for i in range(count)]
+        for i, name in enumerate(names):
+            (partial / f"shard-{i}").rename(partial / name)
+        if count > 1:
             weight_map = {tensor: name for shard, name in zip(shards, names) for tensor in shard}
             _write_json(partial / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
         _write_json(partial / "config.json", config)
@@ -139,9 +142,10 @@ def create(
         raise
 
 
-def _shards(tensors, shard_bytes):
+def _shards(tensors: Mapping[str, Callable[[], Any]], shard_bytes: int) -> Iterator[dict[str, np.ndarray]]:
     shard, size = {}, 0
-    for name, array in tensors:
+    for name, make in tensors.items():
+        array = np.ascontiguousarray(make())
         if shard and size + array.nbytes > shard_bytes:
             yield shard
             shard, size = {}, 0
@@ -150,17 +154,17 @@ def _shards(tensors, shard_bytes):
     yield shard
 
 
-def update(folder: Path, files: Mapping[str, Path], tensors: Mapping[str, Any]) -> None:
-    """Puts new bytes in the place of some tensors' old ones; all else stays as it is, byte for byte.
+def update(folder: Path, files: Mapping[str, Path], tensors: Mapping[str, Callable[[], Any]]) -> None:
+    """Overwrites some tensors. Everything else stays as it is, byte for byte.
 
-    Every changed file is written beside the old one. One changed file then takes the old one's name. Several keep names
-    of their own, and the index that names them takes the old index's: whenever this is cut short, the folder holds the
-    old checkpoint or the new, and perhaps files that nothing names.
+    Each changed file is first written next to the old one. If only one changed, it is renamed over the old file. If
+    several did, they keep new names, and a new index is renamed over the old index. Whenever this is interrupted, the
+    folder holds the old checkpoint or the new one, and perhaps files that nothing names.
 
     Args:
       folder: a checkpoint.
-      files: of its tensors, by name.
-      tensors: by name, functions that give the array, of the shape and dtype that the file says.
+      files: the file of every tensor.
+      tensors: functions that make the new arrays, by name. Shapes and dtypes must be those of the file.
     """
     changed = sorted({files[name] for name in tensors})
     fresh = {path: path.with_name(f"{_stem(path)}-{uuid.uuid4().hex[:8]}.safetensors") for path in changed}
@@ -192,7 +196,7 @@ def update(folder: Path, files: Mapping[str, Path], tensors: Mapping[str, Any]) 
 def _rewrite(path: Path, fresh: Path, tensors: Mapping[str, Any]) -> None:
     shutil.copyfile(path, fresh)
     with fresh.open("r+b") as file:
-        # The one thing that safetensors does not tell: where a tensor begins. Eight bytes of length, then JSON.
+        # safetensors does not say where a tensor begins. A file starts with eight bytes of length, then JSON.
         length = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(length))
         for name, array in tensors.items():

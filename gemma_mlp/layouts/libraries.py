@@ -1,7 +1,7 @@
-"""Where other libraries keep this block's parameters: one table for each, for :func:`from_tree` and :func:`to_tree`."""
+"""The layouts of the libraries, one function for each, and `detect`, which tells a layout by its tensors' names."""
 
-import dataclasses
 import functools
+import inspect
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -9,14 +9,15 @@ from typing import Any
 
 from gemma_mlp.checks import require
 from gemma_mlp.config import MLPConfig
-from gemma_mlp.layouts.trees import LEAVES, Layout, Stored
+from gemma_mlp.layouts.layout import Layout, Stored
+from gemma_mlp.params import LEAVES, WEIGHTS
 
 
 def huggingface(config: MLPConfig, prefix: str = "model.") -> Layout:
-    """Hugging Face transformers' Gemma 1, 2 and 3 (`modeling_gemma*.py`); weights are stored (out, in).
+    """Hugging Face transformers' Gemma 1, 2 and 3 (`modeling_gemma*.py`). Weights are stored (out, in).
 
-    Gemma 1 calls the norm before the MLP `post_attention_layernorm`; in Gemma 2 and 3 that name belongs to attention,
-    and `pre_feedforward_layernorm` and `post_feedforward_layernorm` are this block's.
+    Gemma 1 calls the norm before the MLP `post_attention_layernorm`. In Gemma 2 and 3 that name belongs to attention,
+    and this block's norms are `pre_feedforward_layernorm` and `post_feedforward_layernorm`.
     """
     pre = "pre_feedforward_layernorm" if config.post_norm else "post_attention_layernorm"
     return Layout(
@@ -36,23 +37,27 @@ def huggingface(config: MLPConfig, prefix: str = "model.") -> Layout:
 
 
 def deepmind(config: MLPConfig, prefix: str = "", *, transpose_gating_einsum: bool | None = None) -> Layout:
-    """DeepMind's `gemma` package, as `model.init()` nests it; `prefix` is "params/" in a Kauldron checkpoint.
+    """DeepMind's `gemma` package, nested as `model.init()` returns it.
+
+    `gating_einsum` holds gate and up: index 0 is gate, index 1 is up. `linear` is down, (F, D).
 
     Args:
-      config: sizes.
-      prefix: of the names.
-      transpose_gating_einsum: as their config calls it: whether gating_einsum is (2, F, D), as in the checkpoints of
-        9B and 27B, or (2, D, F), as in 2B's. None: as the shape says; where D = F it says nothing and this is needed.
+      config: the block's sizes.
+      prefix: stands before every name; "params/" in a Kauldron checkpoint.
+      transpose_gating_einsum: as in their config. True: gating_einsum is (2, F, D), as in the checkpoints of 9B and
+        27B. False: it is (2, D, F), as in those of 2B. None: its shape decides; if D = F, it cannot.
     """
-    return _deepmind(config, prefix + "layer_{layer}", "", transpose_gating_einsum)
+    return _deepmind(config, prefix + "layer_{layer}", transpose_gating_einsum)
 
 
 def deepmind_flat(
     config: MLPConfig, prefix: str = "transformer/", *, transpose_gating_einsum: bool | None = None
 ) -> Layout:
-    """DeepMind's released checkpoints: keys like "transformer/layer_0/mlp/linear" over a leaf "w" or "scale"."""
-    layout = _deepmind(config, prefix + "layer_{layer}", "/w", transpose_gating_einsum)
-    return dataclasses.replace(layout, keys=lambda name: tuple(name.rsplit("/", 1)))
+    """DeepMind's released checkpoints: :func:`deepmind`, but with one key for each module.
+
+    Such a key is "transformer/layer_0/mlp/linear". The array lies below it, under the key "w" or "scale".
+    """
+    return _deepmind(config, prefix + "layer_{layer}", transpose_gating_einsum, weight="/w", keys=_module_and_array)
 
 
 def deepmind_stacked(
@@ -62,20 +67,32 @@ def deepmind_stacked(
     attention_types: int,
     transpose_gating_einsum: bool | None = None,
 ) -> Layout:
-    """DeepMind's stacked checkpoints: flat, the layers of one kind of attention together.
+    """DeepMind's stacked checkpoints: :func:`deepmind_flat` with all layers of one attention type in one tensor.
 
     Args:
-      config: sizes.
-      prefix: of the names.
-      attention_types: layers in one turn of the attention pattern: 1 in Gemma 1, 2 in Gemma 2, 6 in Gemma 3.
+      config: the block's sizes.
+      prefix: stands before every name.
+      attention_types: the length of the attention pattern: 1 in Gemma 1, 2 in Gemma 2, 6 in Gemma 3.
       transpose_gating_einsum: as for :func:`deepmind`.
     """
-    layout = _deepmind(config, prefix + "stacked_layers/attention_type_{group}", "/w", transpose_gating_einsum, "L")
-    groups = tuple(str(group) for group in range(attention_types))
-    return dataclasses.replace(layout, groups=groups, keys=lambda name: tuple(name.rsplit("/", 1)))
+    return _deepmind(
+        config,
+        prefix + "stacked_layers/attention_type_{group}",
+        transpose_gating_einsum,
+        lead="L",
+        weight="/w",
+        keys=_module_and_array,
+        groups=tuple(str(group) for group in range(attention_types)),
+    )
 
 
-def _deepmind(config: MLPConfig, layer: str, weight: str, transpose: bool | None, lead: str = "") -> Layout:
+def _module_and_array(name: str) -> tuple[str, ...]:
+    return tuple(name.rsplit("/", 1))
+
+
+def _deepmind(
+    config: MLPConfig, layer: str, transpose: bool | None, *, lead: str = "", weight: str = "", **options: Any
+) -> Layout:
     gating = {None: ("2DF", "2FD"), False: ("2DF",), True: ("2FD",)}[transpose]
     return Layout(
         config,
@@ -87,6 +104,7 @@ def _deepmind(config: MLPConfig, layer: str, weight: str, transpose: bool | None
             Stored("post_ffw_norm/scale", ("post_norm",), (f"{lead}D",)),
         ),
         modules=("mlp", "pre_ffw_norm", "post_ffw_norm"),
+        **options,
     )
 
 
@@ -102,13 +120,13 @@ def maxtext(
     """MaxText, whose norms store 1 + w.
 
     Args:
-      config: sizes.
-      prefix: of the names.
-      fused: gate and up in one `wi`, (D, 2, F), in place of `wi_0` and `wi_1`.
-      scanned: layers stacked on axis 1 of every tensor, MaxText's own `param_scan_axis`.
-      groups: endings of the modules' names; Gemma 2 goes by pairs, ("_local", "_global").
-      round_norms: keeps float32(1 + w), which is the factor that the block multiplies by, even where w cannot be had
-        back from it exactly.
+      config: the block's sizes.
+      prefix: stands before every name.
+      fused: whether gate and up are one tensor `wi`, (D, 2, F), instead of `wi_0` and `wi_1`. Index 0 is gate.
+      scanned: whether layers are stacked on axis 1 of every tensor, as MaxText's `param_scan_axis` says.
+      groups: endings of the modules' names. Gemma 2 alternates between two kinds of layers: ("_local", "_global").
+      round_norms: whether to round 1 + w to float32 if w does not survive in it. That is the factor that the block
+        multiplies by. Otherwise such a norm is refused.
     """
     lead = "L" if scanned else ""
     return Layout(
@@ -126,7 +144,7 @@ def maxtext(
 
 
 def t5x(config: MLPConfig, prefix: str = "decoder/", *, round_norms: bool = False) -> Layout:
-    """T5X's decoder-only models (`wi_0`, `wi_1`, `wo`), which have no post-norm; norms store 1 + w."""
+    """T5X's decoder-only models, whose norms store 1 + w. They have no post-norm, so they can hold Gemma 1 only."""
     return Layout(
         config,
         layer=prefix + "layers_{layer}",
@@ -143,17 +161,20 @@ def _wi_wo(module: str, fused: bool, lead: str) -> tuple[Stored, ...]:
     down = Stored(f"{module}wo/kernel", ("down_proj",), (f"F{lead}D",))
     if fused:
         return Stored(f"{module}wi/kernel", ("gate_proj", "up_proj"), (f"D{lead}2F",)), down
-    gate = Stored(f"{module}wi_0/kernel", ("gate_proj",), (f"D{lead}F",))
-    return gate, dataclasses.replace(gate, name=f"{module}wi_1/kernel", leaves=("up_proj",)), down
+    return (
+        Stored(f"{module}wi_0/kernel", ("gate_proj",), (f"D{lead}F",)),
+        Stored(f"{module}wi_1/kernel", ("up_proj",), (f"D{lead}F",)),
+        down,
+    )
 
 
 def tunix(config: MLPConfig, prefix: str = "") -> Layout:
-    """The NNX modules of Flax's Gemma example and of Tunix: `layers[i].mlp.gate_proj.kernel`, (in, out)."""
+    """The NNX module tree of Flax's Gemma example and of Tunix: `layers[i].mlp.gate_proj.kernel`, (in, out)."""
     return Layout(
         config,
         layer=prefix + "layers/{layer}",
         stored=(
-            *(Stored(f"mlp/{name}/kernel", (name,), (LEAVES[name],)) for name in ("gate_proj", "up_proj", "down_proj")),
+            *(Stored(f"mlp/{name}/kernel", (name,), (LEAVES[name],)) for name in WEIGHTS),
             Stored("pre_ffw_norm/scale", ("pre_norm",), ("D",)),
             Stored("post_ffw_norm/scale", ("post_norm",), ("D",)),
         ),
@@ -163,13 +184,13 @@ def tunix(config: MLPConfig, prefix: str = "") -> Layout:
 
 
 def gemma_mlp(config: MLPConfig, prefix: str = "", *, stacked: bool = False) -> Layout:
-    """This package's own modules, `layers_0/mlp/gate_proj`; `stacked`, `layers/mlp/gate_proj` with a leading axis."""
+    """This package's own modules: `layers_0/mlp/gate_proj`. If `stacked`, `layers/mlp/gate_proj` holds all layers."""
     lead = "L" if stacked else ""
     return Layout(
         config,
         layer=prefix + ("layers" if stacked else "layers_{layer}"),
         stored=(
-            *(Stored(f"mlp/{name}", (name,), (lead + LEAVES[name],)) for name in ("gate_proj", "up_proj", "down_proj")),
+            *(Stored(f"mlp/{name}", (name,), (lead + LEAVES[name],)) for name in WEIGHTS),
             Stored("pre_norm/scale", ("pre_norm",), (f"{lead}D",)),
             Stored("post_norm/scale", ("post_norm",), (f"{lead}D",)),
         ),
@@ -177,7 +198,7 @@ def gemma_mlp(config: MLPConfig, prefix: str = "", *, stacked: bool = False) -> 
     )
 
 
-LAYOUTS: dict[str, Callable[..., Layout]] = {  # by the names that scripts/convert.py takes
+LAYOUTS: dict[str, Callable[..., Layout]] = {  # scripts/convert.py takes these names
     "huggingface": huggingface,
     "deepmind": deepmind,
     "deepmind_flat": deepmind_flat,
@@ -191,39 +212,47 @@ LAYOUTS: dict[str, Callable[..., Layout]] = {  # by the names that scripts/conve
     "gemma_mlp": gemma_mlp,
     "gemma_mlp_stacked": functools.partial(gemma_mlp, stacked=True),
 }
+WITHOUT_POST_NORM = {"t5x"}  # these can hold Gemma 1 only
 
 
 def detect(names: Iterable[str], config: MLPConfig) -> Layout:
-    """The one layout, with its prefix, that has a name for the most of what layer 0 has among `names`.
+    """The layout and prefix that recognise the most tensors of layer 0.
 
-    Names alone decide it; :func:`from_tree` then holds all the rest to it.
+    Only names count here; :func:`from_tree` then checks everything else.
+
+    Args:
+      names: of all tensors, with "/" between their parts: the keys of `flatten(tree)`.
+      config: the block's sizes.
 
     Raises:
-      ValueError: if none fits, or several do equally well.
+      ValueError: if no layout fits, or several fit equally well.
     """
     names = list(names)
-    groups = {int(match[1]) for name in names if (match := re.search(r"stacked_layers/attention_type_(\d+)/", name))}
-    pairs = any("/mlp_local/" in name for name in names)
-    options: dict[str, dict[str, Any]] = {"deepmind_stacked": {"attention_types": 1 + max(groups, default=0)}} | {
-        name: {"groups": ("_local", "_global")} for name in LAYOUTS if name.startswith("maxtext") and pairs
+    types = re.findall(r"stacked_layers/attention_type_(\d+)/", "\n".join(names))
+    options = {  # what the names tell, for those layouts that take it
+        "attention_types": 1 + max(map(int, types), default=0),
+        "groups": ("_local", "_global") if any("/mlp_local/" in name for name in names) else ("",),
     }
+    makers = {}
+    for name, make in LAYOUTS.items():
+        taken = options.keys() & inspect.signature(make).parameters
+        if not (config.post_norm and name in WITHOUT_POST_NORM):
+            makers[name] = functools.partial(make, **{key: options[key] for key in taken})
     found: Counter[tuple[str, str]] = Counter()
-    for layout_name, make in LAYOUTS.items():
-        if layout_name == "t5x" and config.post_norm:
-            continue
-        layout = make(config, "", **options.get(layout_name, {}))
+    for layout_name, make in makers.items():
+        layout = make(config, "")
         for stored in layout.stored:
             suffix = layout.name(stored, 0)
             found.update((layout_name, name.removesuffix(suffix)) for name in names if _ends(name, suffix))
     best = [key for key, count in found.items() if count == max(found.values())]
     require(
         len(best) == 1,
-        f"Names of tensors tell which layout they are of, out of {', '.join(LAYOUTS)}.",
-        f"{'none fits' if not best else 'these fit alike: ' + str(best)}; names such as {', '.join(names[:3])}",
+        f"The names of the tensors must fit one layout out of {', '.join(LAYOUTS)}.",
+        f"{f'these fit alike: {best}' if best else 'none fits'}; names such as {', '.join(names[:3])}",
         "make the layout by its function in gemma_mlp.layouts.",
     )
-    name, prefix = best[0]
-    return LAYOUTS[name](config, prefix, **options.get(name, {}))
+    layout_name, prefix = best[0]
+    return makers[layout_name](config, prefix)
 
 
 def _ends(name: str, suffix: str) -> bool:

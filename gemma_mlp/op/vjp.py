@@ -1,16 +1,8 @@
-"""The feed-forward with its own backward pass: what `save` keeps, chunks of tokens, and who picks the platform.
+"""The feed-forward with its own backward pass: what `save` keeps, chunks of tokens, and who chooses the platform.
 
-How a call runs:
-
-| save           | no gradient is asked for                  | under a gradient                                     |
-|----------------|-------------------------------------------|------------------------------------------------------|
-| input, gate_up | `_forward`, with one choice of the        | `_forward`, in which h and y each choose, so that a  |
-|                | platform around all of it                 | user's remat policy sees the tags; then `_backward`  |
-| autodiff       | `_forward`, nothing rounded between       | the same, differentiated by JAX                      |
-|                | matmuls                                   |                                                      |
-
-The choice of the platform tells a CPU from the rest; a backend's kernels are for one platform and need none.
-`backend.forward` replaces all of `_forward`; `backend.backward` replaces all of `_backward` if nothing is saved.
+README.md in this folder has the table of what runs when. `_forward` is chosen for a platform (a CPU or another) as a
+whole if no gradient is asked for. Under a gradient h and y each choose for themselves, so that the tags of
+`checkpoint_name` stay visible to a user's remat policy.
 """
 
 import functools

@@ -35,7 +35,8 @@ def interpreted(**options):
     params = getattr(plgpu, "InterpretGPUParams", None)  # public from JAX 0.11 or 0.12 on
     interpret = (params or importlib.import_module(f"{INTERNAL}.params").InterpretGPUParams)(**options)
     kernel = functools.partial(pl.kernel, interpret=interpret)
-    with mock.patch.object(pl, "kernel", kernel), mock.patch.object(gpu_kernels, "count_multiprocessors", lambda: 2):
+    two = mock.Mock(return_value=2)
+    with mock.patch.object(pl, "kernel", kernel), mock.patch.object(gpu_kernels, "count_multiprocessors", two):
         yield
 
 

@@ -1,4 +1,4 @@
-"""Models that transformers makes and saves: our blocks against its own MLP halves, and its logits after our writing."""
+"""Models saved by transformers: our blocks compute what theirs do, and their logits survive our writing."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -47,7 +47,7 @@ MODELS = {
 
 
 def make(name, dtype=torch.float32):
-    """A model whose every parameter, norms too, is drawn at random."""
+    """A model with random parameters, norms included."""
     torch.manual_seed(0)
     model = MODELS[name]()
     with torch.no_grad():
@@ -76,7 +76,7 @@ class NoAttention(torch.nn.Module):
 
 
 def mlp_half(layer, x):
-    """The peer's own decoder layer, with nothing from its attention: x + 0, then the MLP half."""
+    """The peer's decoder layer without attention: x + 0, then the MLP half."""
     layer.self_attn = NoAttention()
     with torch.no_grad():
         output = layer(x, position_embeddings=(x, x), position_ids=torch.arange(x.shape[1])[None])
@@ -102,7 +102,7 @@ def test_blocks_compute_what_the_peer_computes(tmp_path, name, sharded):
 )
 @pytest.mark.parametrize("name", MODELS)
 def test_logits_are_unchanged_bit_for_bit(tmp_path, name, dtype, sharded):
-    """The layers change places in the files first, so that only our writing can give the peer its logits again."""
+    """First we write the layers in another order, so that only our second writing can restore the logits."""
     model = make(name, dtype)
     save(model, tmp_path, sharded)
     expected = logits(reload(model, tmp_path))

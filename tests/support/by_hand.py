@@ -1,4 +1,4 @@
-"""Trees of each library, written out by hand from arrays of ours."""
+"""Trees of each library, written by hand from arrays of ours."""
 
 import jax
 import jax.numpy as jnp
@@ -6,7 +6,7 @@ import ml_dtypes
 import numpy as np
 
 import gemma_mlp
-from gemma_mlp import MLPBlockParams, MLPConfig
+from gemma_mlp import MLPBlockParams, MLPConfig, layouts
 from gemma_mlp.testing import samples
 
 D, F, LAYERS = 4, 6, 5
@@ -105,7 +105,7 @@ def deepmind_stacked(layers, transposed):
 
 
 def maxtext(layers):
-    """Layers on axis 1 of everything."""
+    """Layers are stacked on axis 1 of every tensor."""
     layer = {
         "mlp": {
             "wi_0": {"kernel": stacked(layers, "gate_proj", 1)},
@@ -119,7 +119,7 @@ def maxtext(layers):
 
 
 def maxtext_pairs(layers):
-    """Gemma 2 in MaxText: local and global attention in turn."""
+    """Gemma 2 in MaxText: layers with local and global attention alternate."""
     tree = {}
     for ending, of_kind in (("_local", layers[0::2]), ("_global", layers[1::2])):
         for name, subtree in maxtext(of_kind)["decoder"]["layers"].items():
@@ -201,3 +201,40 @@ def equal(a, b):
         b,
     )
     return all(jax.tree.leaves(same))
+
+
+TREES = {  # name: (layout, the tree written by hand, config)
+    "huggingface": (layouts.huggingface(CONFIG), huggingface, CONFIG),
+    "huggingface, Gemma 1": (layouts.huggingface(GEMMA1), huggingface_gemma1, GEMMA1),
+    "deepmind": (layouts.deepmind(CONFIG, transpose_gating_einsum=False), lambda a: deepmind(a, False), CONFIG),
+    "deepmind, transposed": (
+        layouts.deepmind(CONFIG, transpose_gating_einsum=True),
+        lambda a: deepmind(a, True),
+        CONFIG,
+    ),
+    "deepmind_flat": (
+        layouts.deepmind_flat(CONFIG, transpose_gating_einsum=True),
+        lambda a: deepmind_flat(a, True),
+        CONFIG,
+    ),
+    "deepmind_stacked": (
+        layouts.deepmind_stacked(CONFIG, attention_types=2, transpose_gating_einsum=False),
+        lambda a: deepmind_stacked(a, False),
+        CONFIG,
+    ),
+    "maxtext": (layouts.maxtext(CONFIG), maxtext, CONFIG),
+    "maxtext, pairs": (layouts.maxtext(CONFIG, groups=("_local", "_global")), maxtext_pairs, CONFIG),
+    "maxtext, fused": (layouts.maxtext(CONFIG, fused=True, scanned=False), maxtext_fused_unscanned, CONFIG),
+    "t5x": (layouts.t5x(GEMMA1), t5x, GEMMA1),
+    "tunix": (layouts.tunix(CONFIG), flax_nnx, CONFIG),
+    "gemma_mlp": (layouts.gemma_mlp(CONFIG), ours, CONFIG),
+    "gemma_mlp, stacked": (layouts.gemma_mlp(CONFIG, stacked=True), ours_stacked, CONFIG),
+}
+
+
+def layer_dicts(layers, name):
+    """What reading a tree of this library must give: norms stored as 1 + w come as w in float32."""
+    wide = {"pre_norm", "post_norm"} if name.startswith(("maxtext", "t5x")) else set()
+    return [
+        {leaf: array.astype(np.float32) if leaf in wide else array for leaf, array in layer.items()} for layer in layers
+    ]

@@ -1,9 +1,9 @@
-"""Run by test_full_size.py in processes of their own: a model's real layers there and back, and what that takes.
+"""Writes a model's layers at real size, or reads them and measures the memory. test_full_size.py runs it in processes.
 
     full_size.py FOLDER PRESET LAYERS write     # makes the checkpoints
-    full_size.py FOLDER PRESET LAYERS WAY       # reads one, prints the peak memory beyond the result, compares
+    full_size.py FOLDER PRESET LAYERS WAY       # reads one, prints the peak memory besides the result, compares
 
-The peak is that of resident memory, in bytes; after it comes the size of the checkpoint's largest tensor.
+It prints the peak of resident memory in bytes, then the size of the checkpoint's largest tensor.
 """
 
 import ctypes
@@ -18,7 +18,6 @@ import orbax.checkpoint as ocp
 from jax.sharding import Mesh, NamedSharding
 
 from gemma_mlp import PRESETS, MLPBlockParams, MLPParams, RMSNormParams, checkpoint, layouts
-from gemma_mlp.layouts import trees
 
 folder, name, num_layers, way = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), sys.argv[4]
 config = PRESETS[name]
@@ -26,7 +25,7 @@ D, F = config.embed_dim, config.hidden_dim
 
 
 def drawn(number):
-    """A layer of random bits, every finite bfloat16 among them; norms of which 1 + w is exact."""
+    """A layer of random bits that are finite bfloat16 numbers. Its norms are exact as 1 + w."""
     rng = np.random.default_rng(number)
 
     def weight(*shape):
@@ -56,8 +55,8 @@ def resident(field):
 
 
 def measure(read, largest):
-    """What `read` gives. Prints the peak while it runs beyond what is left of it, which is the result."""
-    jax.block_until_ready(read(folder / name, config))  # what stays of this one is compiled programs
+    """Returns what `read` gives. Prints the peak memory while it runs, less what stays: the result."""
+    jax.block_until_ready(read(folder / name, config))  # compiles the programs, which stay in memory
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
@@ -75,7 +74,7 @@ def write(path, config, layers):
     checkpoint.write_huggingface(path / "hf", layers, config)
     checkpoint.write_orbax(path / "deepmind", layers, layouts.deepmind(config, transpose_gating_einsum=True))
     checkpoint.write_orbax(path / "maxtext", layers, layouts.maxtext(config, fused=True, scanned=False))
-    with ocp.StandardCheckpointer() as checkpointer:  # by itself Orbax makes one chunk of what is on one device
+    with ocp.StandardCheckpointer() as checkpointer:  # Orbax itself writes one chunk for each device
         tree = layouts.to_tree(layers, layouts.deepmind(config, transpose_gating_einsum=True))
         checkpointer.save(path / "one_chunk", tree)
 
@@ -84,7 +83,7 @@ def shardings(*lead):
     mesh = Mesh(np.array(jax.devices()).reshape(2, 2), ("fsdp", "tensor"))
     specs = {"gate_proj": ("fsdp", "tensor"), "up_proj": ("fsdp", "tensor"), "down_proj": ("tensor", "fsdp")}
     specs |= {"pre_norm": (), "post_norm": ()}
-    return trees.make_params({leaf: NamedSharding(mesh, jax.P(*lead, *spec)) for leaf, spec in specs.items()})
+    return layouts.make_params({leaf: NamedSharding(mesh, jax.P(*lead, *spec)) for leaf, spec in specs.items()})
 
 
 pair, one = 2 * 2 * D * F, 2 * D * F

@@ -1,0 +1,44 @@
+"""Checks of values and paths that the readers and the writers of checkpoints share."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from gemma_mlp.checks import require
+from gemma_mlp.layouts.trees import block_leaves
+from gemma_mlp.params import MLPBlockParams
+
+
+def require_new(path: Path) -> None:
+    """Raises ValueError if there is something at `path`."""
+    require(not path.exists(), "A checkpoint must be written to a new folder.", f"{path}, which exists", "use another.")
+
+
+def require_finite(name: str, not_finite: int, size: int) -> None:
+    """Raises ValueError unless `not_finite`, the count of such numbers in the array called `name`, is 0."""
+    require(
+        not_finite == 0,
+        f"{name} must be finite.",
+        f"{not_finite} numbers that are not, of {size}",
+        "find a sound copy.",
+    )
+
+
+def require_finite_layers(layers: Mapping[int, MLPBlockParams]) -> None:
+    """Raises ValueError unless every leaf of the layers, which are given by number, is finite."""
+    for number, layer in layers.items():
+        for leaf, array in block_leaves(layer).items():
+            require_finite(f"{leaf} of layer {number}", count_not_finite(array), array.size)
+
+
+def count_not_finite(array: Any) -> int:
+    """The number of infinities and NaNs in an array."""
+    return 0 if _all_finite(array) else int((~jnp.isfinite(array)).sum())
+
+
+@jax.jit
+def _all_finite(array):
+    return jnp.isfinite(array).all()
