@@ -152,8 +152,8 @@ def test_every_activation_is_lowered():
         return [gradient_of_sum(layer)(params, x) for layer in layers]
 
     text = aot.compile_for(V6E, gradients, params(config), inputs(config, 40)).text
-    assert len(re.findall(r"%\S*geglu_gradients(?!_from_kept)\S* = ", text)) == 4
-    assert len(re.findall(r"%\S*geglu_gradients_from_kept\S* = ", text)) == 4
+    assert len(re.findall(r"%\S*geglu_gradients(?!_from_saved)\S* = ", text)) == 4
+    assert len(re.findall(r"%\S*geglu_gradients_from_saved\S* = ", text)) == 4
 
 
 def test_sequence_parallel_gradient_of_27b_on_a_pod():
