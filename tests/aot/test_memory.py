@@ -89,6 +89,7 @@ def test_tpu_scanned_stack_of_27b_fits_a_v5e():
     assert gradient_bytes(V5E, "scanned", "input", "gemma2_27b") <= 2300 * MIB
 
 
+@pytest.mark.slow
 def test_tpu_unrolled_stack():
     """`input` takes two thirds of plain; `gate_up` takes as much as plain (1,481 MiB against 1,418)."""
     plain = gradient_bytes(V5E, "unrolled", "plain", "gemma2_2b")
