@@ -1,6 +1,6 @@
-"""The comparison of gates and activations, sized for two CPU cores. Pass as --config=configs/compare_activations.py.
+"""The study of gates and activations in scripts/compare_activations.py, sized for two CPU cores.
 
-`compare_activations.py:smoke` does all of it in a minute, too small to tell anything.
+--config=configs/compare_activations.py:smoke does all of it in a minute, at sizes that are too small to tell anything.
 """
 
 import ml_collections
@@ -18,16 +18,16 @@ def get_config(size: str = "default") -> ml_collections.ConfigDict:
         "use one of these names.",
     )
     config = ml_collections.ConfigDict()
-    config.workdir = f"runs/compare-{size}"  # runs.jsonl, tables.json, figures; a comparison continues from here
+    config.workdir = f"runs/compare-{size}"  # tables and figures; an interrupted study continues from its files
     config.sections = ("heldout", "gradient_flow", "expressiveness", "curvature", "approximation")
     config.contestants = (
         "geglu_tanh", "geglu_erf", "swiglu", "reglu", "glu", "bilinear", "gelu", "silu", "relu",
     )  # fmt: skip
-    config.factorial = ("geglu_tanh", "reglu", "gelu", "relu")  # gate or none, smooth or kinked
-    config.seeds = tuple(range(6))  # of the comparisons
-    config.tuning_seeds = (100, 101)  # choose the learning rate, the same grid for every contestant
+    config.factorial = ("geglu_tanh", "reglu", "gelu", "relu")  # with and without a gate, smooth and kinked
+    config.seeds = tuple(range(6))  # these compare the contestants
+    config.tuning_seeds = (100, 101)  # these choose each contestant's learning rate from one grid
 
-    # The text and the model, as in train_toy.py. Without a gate hidden_dim is 3/2 as large.
+    # The text is that of configs/train_toy.py, the model a smaller one. Without a gate hidden_dim is 3/2 as large.
     config.data = ""
     config.heldout_fraction = 0.1
     config.heldout_max_bytes = 100_000
@@ -47,7 +47,7 @@ def get_config(size: str = "default") -> ml_collections.ConfigDict:
     flow.hidden_dim = 128
     flow.depths = (4, 16, 64)
     flow.seeds = tuple(range(5))
-    flow.at = (10, 30)  # steps, besides the start
+    flow.at = (10, 30)  # measure after these steps, and at the start
     flow.learning_rate = 2e-3
     flow.seq_len = 32
     flow.batch_size = 4
@@ -63,8 +63,8 @@ def get_config(size: str = "default") -> ml_collections.ConfigDict:
     curvature = config.curvature = ml_collections.ConfigDict()
     curvature.seeds = tuple(range(5))
     curvature.learning_rate = 8e-3
-    curvature.at = (10, 50, 100, 180)  # steps
-    curvature.iterations = 10  # of Lanczos' method
+    curvature.at = (10, 50, 100, 180)  # measure after these steps
+    curvature.iterations = 10  # iterations of Lanczos' method
     curvature.batch_size = 8
 
     approximation = config.approximation = ml_collections.ConfigDict()

@@ -1,42 +1,40 @@
-"""Does the gate of GeGLU help, does its smoothness? Held-out loss, gradient flow, fit, curvature, GELU's two forms.
+"""Measures whether the gate and the smoothness of GeGLU help, at equal parameters.
 
-    python scripts/compare_activations.py                                     # the README's figures, 26 CPU minutes
-    python scripts/compare_activations.py --config=configs/compare_activations.py:smoke  # too small to tell
+    python scripts/compare_activations.py                # the study of its README; 26 minutes of CPU time
     python scripts/compare_activations.py --config.data=FILE_OR_FOLDER --config.workdir=runs/mine
+    python scripts/compare_activations.py --config.sections="('heldout',)"      # one section alone
+    python scripts/compare_activations.py --config=configs/compare_activations.py:smoke   # a minute, too small to tell
 
-Interrupt it at any time; the same command goes on after the last finished run, to the same tables. Seeds train side by
-side in one program, divided over the devices there are.
+The five sections are heldout (loss on text that was not trained on), gradient_flow (gradients through deep stacks),
+expressiveness (how well one feed-forward fits given functions), curvature (of the loss, during training) and
+approximation (the tanh form of GELU against the erf form).
+
+You can interrupt it at any time. The same command then continues after the last finished run and gives the same tables.
+All seeds train at once in one program, which spreads them over the devices. The folder config.workdir gets runs.jsonl,
+tables.json, a figure of each section, and comparison.png with all of them.
+
+scripts/compare_activations/README.md explains the study and has its results.
 """
 
 import json
 from pathlib import Path
 
-from absl import app, logging
+import cli
 from compare_activations import approximation, curvature, expressiveness, figure, gradient_flow, heldout
 from compare_activations.contestants import CONTESTANTS
 from compare_activations.ledger import Ledger
-from ml_collections import config_flags
 from tqdm import tqdm
-from train_toy.records import claim_workdir, write_atomically
+from workdir import claim_workdir, write_atomically
 
-from gemma_mlp.checks import require
-
-CONFIG = config_flags.DEFINE_config_file(
-    "config",
-    str(Path(__file__).parents[1] / "configs" / "compare_activations.py"),
-    "What to compare; override any field with --config.FIELD=VALUE.",
-)
+CONFIG = cli.config("compare_activations", "What to compare and at what sizes.")
 SECTIONS = {section.NAME: section for section in (heldout, gradient_flow, expressiveness, curvature, approximation)}
 
 
-def main(argv):
-    logging.set_verbosity(logging.WARNING)  # JAX tells of much at INFO
-    if len(argv) > 1:
-        raise app.UsageError(f"Unknown arguments: {argv[1:]}")
+def main():
     config = CONFIG.value
-    require_names("sections", config.sections, SECTIONS)
-    require_names("contestants", config.contestants, CONTESTANTS)
-    require_names("factorial", config.factorial, CONTESTANTS)
+    cli.require_names("sections", config.sections, SECTIONS)
+    cli.require_names("contestants", config.contestants, CONTESTANTS)
+    cli.require_names("factorial", config.factorial, CONTESTANTS)
     workdir = Path(config.workdir)
     identity = {name: value for name, value in config.to_dict().items() if name not in ("workdir", "sections")}
     claim_workdir(workdir, identity | {"corpus_sha256": heldout.load(config).sha256})
@@ -51,16 +49,11 @@ def main(argv):
         print(f"\n{section.NAME}\n{text(tables[section.NAME])}")
         figure.draw(workdir / f"{section.NAME}.png", [section.draw], ledger.runs)
     figure.draw(workdir / "comparison.png", [section.draw for section in sections], ledger.runs)
-    print(f"\nIn {workdir}: runs.jsonl, tables.json, comparison.png and a figure for each section.")
-
-
-def require_names(field, names, known):
-    unknown = ", ".join(set(names) - set(known))
-    require(not unknown, f"config.{field} are of {', '.join(known)}.", unknown, "use these names.")
+    print(f"\nWritten to {workdir}: runs.jsonl, tables.json, comparison.png and a figure for each section.")
 
 
 def text(rows):
-    """Rows of equal keys under one head; wherever the keys change, another."""
+    """Formats rows as a table. A new header line stands wherever the columns change."""
     lines, head = [], []
     for row in rows:
         if not set(row) <= set(head):
@@ -77,4 +70,4 @@ def shown(cell):
 
 
 if __name__ == "__main__":
-    app.run(main)
+    cli.run(main)

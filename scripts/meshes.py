@@ -1,4 +1,4 @@
-"""Meshes in words, as the scripts take them: "data=1,fsdp=2,tensor=4"."""
+"""Reads meshes that are given as text, such as "data=1,fsdp=2,tensor=4"."""
 
 from gemma_mlp.checks import require
 
@@ -6,16 +6,16 @@ AXES = ("data", "fsdp", "tensor")
 
 
 def parse(text: str) -> tuple[int, int, int]:
-    """The sizes of data, fsdp and tensor; those that the text leaves out are 1.
+    """The sizes of data, fsdp and tensor. A size that the text leaves out is 1.
 
     Raises:
-      ValueError: if the text is not of this form.
+      ValueError: if the text does not have this form.
     """
     parts = [part.partition("=") for part in text.split(",")]
     sizes = {name.strip(): int(size) for name, _, size in parts if size.strip().isdecimal()}
     require(
         len(sizes) == len(parts) and set(sizes) <= set(AXES) and all(sizes.values()),
-        "A mesh is of the form data=1,fsdp=2,tensor=4.",
+        "A mesh must have the form data=1,fsdp=2,tensor=4.",
         repr(text),
         f"give some of {', '.join(AXES)} a size.",
     )

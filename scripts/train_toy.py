@@ -1,58 +1,57 @@
-"""Trains a small byte-level language model, composed from Flax modules and gemma_mlp's MLPBlock.
+"""Trains a small byte-level language model that is composed from Flax modules and gemma_mlp's MLPBlock.
 
-    python scripts/train_toy.py                                            # Python's documentation, about 2 minutes
-    python scripts/train_toy.py --config.data=FILE_OR_FOLDER --config.workdir=runs/mine
-    python scripts/train_toy.py --config.api=linen
-    python scripts/train_toy.py --config.mesh="fsdp=2,tensor=2"            # of the four devices there are
+    python scripts/train_toy.py                                           # on Python's documentation, about 2 minutes
+    python scripts/train_toy.py --config.data=FILE_OR_FOLDER --config.workdir=runs/mine      # on your own text
+    python scripts/train_toy.py --config.api=linen                        # in Linen instead of NNX
+    python scripts/train_toy.py --config.mesh="fsdp=2,tensor=2"           # on all devices, here four
 
-Interrupt it at any time; the same command continues from the last checkpoint. On several machines, which see one
-workdir, start it once on each with `--distributed`; where JAX does not know the cluster, say who is who:
+You can interrupt it at any time. The same command then continues from the last checkpoint, with exactly the numbers of
+an uninterrupted run. The folder config.workdir gets metrics.jsonl, TensorBoard events, loss.png, summary.json and the
+checkpoints.
+
+To train on several machines, start the command once on each, with one --config.workdir that all of them can see. In a
+cluster that JAX knows, add --distributed. Otherwise tell each process the address of process 0, the number of processes
+and its own number:
 
     python scripts/train_toy.py --config.mesh="fsdp=8" --coordinator_address=HOST:PORT --num_processes=2 --process_id=0
+
+configs/train_toy.py lists the fields of the configuration. scripts/train_toy/README.md says more and has results.
 """
 
-from pathlib import Path
-
-from absl import app, flags, logging
-from ml_collections import config_flags
-from train_toy import parallel
+import cli
+from absl import flags
+from train_toy import processes
+from train_toy.run import train
 from train_toy.run_config import RunConfig
-from train_toy.training import train
 
-CONFIG = config_flags.DEFINE_config_file(
-    "config",
-    str(Path(__file__).parents[1] / "configs" / "train_toy.py"),
-    "The run; override any field with --config.FIELD=VALUE.",
-)
-DISTRIBUTED = flags.DEFINE_bool("distributed", False, "One of several processes, as JAX finds them in the cluster.")
-ADDRESS = flags.DEFINE_string("coordinator_address", None, "HOST:PORT at which process 0 is reached by the others.")
-NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "How many processes there are.", lower_bound=1)
-PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which of them this is, from 0.", lower_bound=0)
+CONFIG = cli.config("train_toy", "The text, the model and the training run.")
+DISTRIBUTED = flags.DEFINE_bool("distributed", False, "Be one of several processes, which JAX finds in the cluster.")
+ADDRESS = flags.DEFINE_string("coordinator_address", None, "The HOST:PORT at which the others reach process 0.")
+NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "The number of processes.", lower_bound=1)
+PROCESS_ID = flags.DEFINE_integer("process_id", None, "The number of this process, counted from 0.", lower_bound=0)
 
 
-def main(argv):
-    logging.set_verbosity(logging.WARNING)  # JAX and Orbax tell of much at INFO
-    if len(argv) > 1:
-        raise app.UsageError(f"Unknown arguments: {argv[1:]}")
+def main():
     who = (ADDRESS.value, NUM_PROCESSES.value, PROCESS_ID.value)
-    if DISTRIBUTED.value or any(part is not None for part in who):
-        parallel.join(*who)
+    if DISTRIBUTED.value or any(value is not None for value in who):
+        processes.join(*who)
     config = RunConfig(**CONFIG.value)
     summary = train(config)
-    if not parallel.is_first():
-        return
-    print(f"\nHeld-out text, {summary['heldout_bytes']:,} bytes, in bits per byte:")
+    if processes.is_first():
+        report(summary, config.workdir)
+
+
+def report(summary, workdir):
+    print(f"\nBits per byte of the held-out text ({summary['heldout_bytes']:,} bytes):")
     for name, key in (
         ("this model", "heldout"),
         ("xz -9e after the training text", "xz"),
         ("unigram entropy", "unigram"),
     ):
         print(f"  {name:32}{summary[f'{key}_bits_per_byte']:.3f}")
-    print(
-        f"\n{summary['sample']}\n\n{summary['seconds']:.0f} s. In {config.workdir}: metrics.jsonl, TensorBoard events,"
-    )
-    print("loss.png, summary.json, checkpoints.")
+    print(f"\n{summary['sample']}\n\n{summary['seconds']:.0f} s. Written to {workdir}: metrics.jsonl,")
+    print("TensorBoard events, loss.png, summary.json, checkpoints.")
 
 
 if __name__ == "__main__":
-    app.run(main)
+    cli.run(main)

@@ -1,10 +1,10 @@
-"""What holds for every test: strict JAX, eight CPU devices, and sets of tests that run only where their packages are.
+"""What holds for every test: strict JAX, eight CPU devices, and sets of tests that run only if what they need is there.
 
 JAX runs with full float32 matmuls (TPUs round them otherwise) and without implicit promotion. The CPU counts as eight
 devices, for the tests of meshes. All other tests run on the first device.
 
-A test whose marker is in SETS is deselected where one of its packages is missing, and the run's last lines say how many
-tests that were and how to install what they need.
+A test that needs one of SETS is left out if that is missing. The run's last lines say how many tests were left out, and
+how to install what they need.
 """
 
 from importlib import metadata
@@ -14,7 +14,7 @@ import pytest
 
 jax.config.update("jax_num_cpu_devices", 8)
 
-SETS = {  # marker: (what its tests compare with, the packages they need, how to install these)
+SETS = {  # marker or fixture: (what its tests need, the packages of that, how to get it)
     "needs_compilers": (
         "the compilers for TPUs and the H200",
         ("libtpu", "jax-cuda13-plugin", "jax-cuda13-pjrt", "nvidia-cuda-nvcc", "nvidia-nvvm"),
@@ -22,8 +22,9 @@ SETS = {  # marker: (what its tests compare with, the packages they need, how to
     ),
     "needs_peers": ("PyTorch and transformers", ("torch", "transformers"), "pip install torch -e '.[peers]'"),
     "needs_deepmind": ("DeepMind's gemma", ("gemma",), "see tests/README.md"),
+    "eight_devices": ("eight devices", (), "a CPU counts as eight, JAX_PLATFORMS=cpu"),
 }
-NOT_RUN = pytest.StashKey[dict[str, int]]()  # the number of tests of each set, and of slow ones, that were left out
+NOT_RUN = pytest.StashKey[dict[str, int]]()  # the number of tests of each set, and of slow tests, that were left out
 
 
 def is_missing(package):
@@ -40,12 +41,14 @@ def pytest_configure(config):
 
 @pytest.hookimpl(trylast=True)  # after -k and -m, so that only tests count that would have run
 def pytest_collection_modifyitems(config, items):
-    for marker, (_, packages, _) in SETS.items():
-        needing = [item for item in items if item.get_closest_marker(marker)]
-        if needing and any(map(is_missing, packages)):
+    for name, (_, packages, _) in SETS.items():
+        needing = {item for item in items if item.get_closest_marker(name) or name in getattr(item, "fixturenames", ())}
+        if not needing:
+            continue
+        if any(map(is_missing, packages)) or (name == "eight_devices" and jax.device_count() != 8):
             items[:] = [item for item in items if item not in needing]
-            config.stash[NOT_RUN][marker] = len(needing)
-            config.hook.pytest_deselected(items=needing)
+            config.stash[NOT_RUN][name] = len(needing)
+            config.hook.pytest_deselected(items=list(needing))
 
 
 def pytest_deselected(items):
@@ -67,17 +70,16 @@ def pytest_testnodedown(node):
 
 def pytest_terminal_summary(terminalreporter, config):
     not_run = config.stash[NOT_RUN]
-    for marker, (subject, _, installation) in SETS.items():
-        if not_run[marker]:
-            terminalreporter.write_line(f"NOT RUN ({not_run[marker]}): tests that need {subject}: {installation}")
+    for name, (needed, _, way) in SETS.items():
+        if not_run[name]:
+            terminalreporter.write_line(f"NOT RUN ({not_run[name]}): tests that need {needed}: {way}")
     if not_run["slow"]:
         terminalreporter.write_line(f'NOT RUN ({not_run["slow"]}): slow tests: pytest -m "" runs every test')
 
 
 @pytest.fixture
 def eight_devices():
-    if jax.device_count() != 8:
-        pytest.skip(f"needs eight devices, which a CPU counts as here; there are {jax.device_count()}")
+    """A test that uses this is left out unless there are eight devices."""
 
 
 @pytest.fixture(autouse=True)

@@ -1,57 +1,92 @@
-"""The whole block against the float64 oracle."""
+"""RMSNorm and the whole block against the float64 oracle."""
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gemma_mlp import MLPBlockParams, MLPConfig, mlp_block
+from gemma_mlp import MLPBlockParams, MLPConfig, mlp_block, rms_norm
 from gemma_mlp.testing import oracle, samples
 from gemma_mlp.testing.oracle import relative_error
-from tests.support.comparison import CASES
-
-EMBED_DIM, HIDDEN_DIM, EPS = 64, 256, 1e-6
-
-
-def case(batch, use_bias=False, post_norm=True, embed_dim=EMBED_DIM, hidden_dim=HIDDEN_DIM, scale=1.0):
-    rng = np.random.default_rng(0)
-    arrays = samples.block_arrays(rng, embed_dim, hidden_dim, use_bias, post_norm)
-    return arrays, samples.normal(rng, (*batch, embed_dim), scale), samples.normal(rng, (*batch, embed_dim))
+from tests.support.cases import CASES, EMBED_DIM, FLOAT32_BOUND, FLOOR_FACTOR, HIDDEN_DIM, NORM_EPS
+from tests.support.cases import block_case as case
+from tests.support.cases import block_errors as errors
+from tests.support.cases import exact_block_result as exact_result
+from tests.support.cases import run_block as run
+from tests.support.vary import vary
 
 
-def run(arrays, x, dy, dtype, *, jit=False, **options):
-    embed_dim, hidden_dim = arrays["mlp"]["gate_proj"].shape
-    config = MLPConfig(embed_dim, hidden_dim, use_bias="gate_bias" in arrays["mlp"], **options)
-    compute = functools.partial(samples.value_and_pullback, functools.partial(mlp_block, config=config))
-    return (jax.jit(compute) if jit else compute)(samples.block_params(arrays, dtype), jnp.asarray(x, dtype), dy)
+class TestRMSNorm:
+    def case(self, batch, scale=1.0):
+        rng = np.random.default_rng(0)
+        return (
+            samples.normal(rng, (EMBED_DIM,), 0.5),
+            samples.normal(rng, (*batch, EMBED_DIM), scale),
+            samples.normal(rng, (*batch, EMBED_DIM)),
+        )
+
+    @vary("batch jit", itertools.product(samples.BATCHES, (False, True)))
+    def test_float32_value_and_gradients_equal_the_oracle(self, batch, jit):
+        scale, x, dy = self.case(batch)
+        function = jax.jit(rms_norm) if jit else rms_norm
+        y, dscale, dx = samples.value_and_pullback(function, jnp.float32(scale), jnp.float32(x), dy)
+        assert relative_error(y, oracle.rms_norm(scale, x, 1e-6)) <= FLOAT32_BOUND
+        expected_dscale, expected_dx = oracle.rms_norm_gradients(scale, x, dy, 1e-6)
+        assert relative_error(dscale, expected_dscale) <= FLOAT32_BOUND
+        assert relative_error(dx, expected_dx) <= FLOAT32_BOUND
+
+    def test_bfloat16_rounds_once(self):
+        scale, x, _ = self.case((256,))
+        exact = oracle.rms_norm(scale, x, 1e-6)
+        floor = relative_error(oracle.bfloat16(exact), exact)
+        y = rms_norm(jnp.asarray(scale, "bfloat16"), jnp.asarray(x, "bfloat16"))
+        assert y.dtype == jnp.bfloat16
+        assert relative_error(y, exact) <= 1.001 * floor
+
+    @pytest.mark.parametrize("eps", [1e-6, 1e-2])
+    def test_eps_is_added_to_the_mean_square_under_the_root(self, eps):
+        scale, x, _ = self.case((3,), scale=1e-3)  # a mean square of 1e-6, where eps decides
+        y = rms_norm(jnp.float32(scale), jnp.float32(x), eps=eps)
+        assert relative_error(y, oracle.rms_norm(scale, x, eps)) <= FLOAT32_BOUND
+
+    def test_a_zero_scale_is_the_identity_on_normalised_input(self):
+        x = np.float32(np.sign(self.case((3,))[1]))
+        np.testing.assert_allclose(rms_norm(jnp.zeros(EMBED_DIM), jnp.asarray(x)), x, rtol=1e-6)
+
+    def test_mixed_dtypes(self):
+        scale, x, _ = self.case((3,))
+        scale, x = jnp.float32(scale), jnp.asarray(x, "bfloat16")
+        assert rms_norm(scale, x).dtype == jnp.float32
+        assert rms_norm(scale, x, dtype="bfloat16").dtype == jnp.bfloat16
+
+    @pytest.mark.parametrize(
+        ("scale", "x", "message"),
+        [
+            (jnp.zeros(4), jnp.zeros((2, 5)), r": scale float32\[4\], x float32\[2, 5\]. Fix: "),
+            (jnp.zeros((1, 5)), jnp.zeros((2, 5)), r"scale must be \[D\]"),
+            (jnp.zeros(()), jnp.zeros(()), r"scale must be \[D\]"),
+            (jnp.zeros(5), jnp.zeros((2, 5), "float16"), "x must be an array of"),
+            (jnp.zeros(5, "int32"), jnp.zeros((2, 5)), "scale must be an array of"),
+        ],
+    )
+    def test_errors(self, scale, x, message):
+        with pytest.raises(ValueError, match=message):
+            rms_norm(scale, x)
 
 
-def exact_result(arrays, x, dy, activation="gelu_tanh", eps=EPS, stored=oracle.exact):
-    y = oracle.block(arrays, x, activation, eps, stored)
-    return y, *oracle.block_gradients(arrays, x, dy, activation, eps, stored)
-
-
-def errors(result, expected):
-    y, dparams, dx = result
-    y_exact, dparams_exact, dx_exact = expected
-    got, exact = samples.block_leaves(dparams), samples.block_leaves(dparams_exact)
-    assert set(got) == set(exact)
-    pairs = {name: (got[name], exact[name]) for name in got} | {"y": (y, y_exact), "dx": (dx, dx_exact)}
-    return {name: relative_error(*pair) for name, pair in pairs.items()}
-
-
-@pytest.mark.parametrize(("activation", "use_bias", "batch", "jit"), CASES, ids=str)
+@vary("activation use_bias batch jit", CASES)
 def test_float32_equals_the_oracle(activation, use_bias, batch, jit):
     arrays, x, dy = case(batch, use_bias)
     result = run(arrays, x, dy, "float32", jit=jit, activation=activation)
     assert result[0].shape == x.shape and result[0].dtype == jnp.float32
     for name, error in errors(result, exact_result(arrays, x, dy, activation)).items():
-        assert error <= 1e-6, name
+        assert error <= FLOAT32_BOUND, name
 
 
-@pytest.mark.parametrize(("activation", "use_bias", "batch", "jit"), CASES, ids=str)
+@vary("activation use_bias batch jit", CASES)
 def test_bfloat16_is_at_the_floor_of_rounding_what_is_stored(activation, use_bias, batch, jit):
     arrays, x, dy = case(batch, use_bias)
     exact = exact_result(arrays, x, dy, activation)
@@ -59,30 +94,29 @@ def test_bfloat16_is_at_the_floor_of_rounding_what_is_stored(activation, use_bia
     result = run(arrays, x, dy, "bfloat16", jit=jit, activation=activation)
     assert {leaf.dtype.name for leaf in jax.tree.leaves(result)} == {"bfloat16"}
     for name, error in errors(result, exact).items():
-        assert error <= 1.05 * floor[name], name
+        assert error <= FLOOR_FACTOR * floor[name], name
 
 
 def test_without_post_norm_as_in_gemma_1():
     arrays, x, dy = case((3,), post_norm=False)
     for name, error in errors(run(arrays, x, dy, "float32", post_norm=False), exact_result(arrays, x, dy)).items():
-        assert error <= 1e-6, name
+        assert error <= FLOAT32_BOUND, name
 
 
 def test_square_weights_are_not_transposed():
     arrays, x, dy = case((3,), embed_dim=64, hidden_dim=64)
     for name, error in errors(run(arrays, x, dy, "float32"), exact_result(arrays, x, dy)).items():
-        assert error <= 1e-6, name
+        assert error <= FLOAT32_BOUND, name
 
 
 def test_eps_reaches_both_norms():
-    """With a tiny input the pre-norm, and with tiny weights the post-norm, depends on where eps stands."""
+    """The pre-norm of a tiny input and the post-norm of a tiny output both depend on where eps is added."""
     arrays, x, dy = case((3,), scale=1e-2)
     arrays["mlp"]["down_proj"] *= 2.0**-7
     eps = 1e-4
-    for name, error in errors(
-        run(arrays, x, dy, "float32", norm_eps=eps), exact_result(arrays, x, dy, eps=eps)
-    ).items():
-        assert error <= 1e-6, name
+    exact = exact_result(arrays, x, dy, eps=eps)
+    for name, error in errors(run(arrays, x, dy, "float32", norm_eps=eps), exact).items():
+        assert error <= FLOAT32_BOUND, name
 
 
 def test_the_residual_stream_keeps_its_dtype():
@@ -91,14 +125,14 @@ def test_the_residual_stream_keeps_its_dtype():
     config = MLPConfig(EMBED_DIM, HIDDEN_DIM, dtype="bfloat16")
     for dtype in ("float32", "bfloat16"):
         assert mlp_block(params, jnp.asarray(x, dtype), config).dtype == dtype
-    # What the block adds to a large float32 stream is at the floor of bf16 products: the stream itself is not rounded.
+    # What the block adds to a large float32 residual stream has the error of bf16 matmuls: the stream is not rounded.
     x = 64 * x
     added = np.float64(mlp_block(params, jnp.float32(x), config)) - x
-    assert relative_error(added, oracle.block(arrays, x, "gelu_tanh", EPS) - x) <= 5e-3
+    assert relative_error(added, oracle.block(arrays, x, "gelu_tanh", NORM_EPS) - x) <= 5e-3
 
 
 def test_saved_residuals():
-    """What the block, the MLP and the post-norm receive, in bfloat16: none of a norm's float32 arrays."""
+    """JAX saves the inputs of the block, the MLP and the post-norm in bfloat16, and no float32 array of a norm."""
     arrays, x, _ = case((3, 5))
     params, x = samples.block_params(arrays, "bfloat16"), jnp.asarray(x, "bfloat16")
     _, pull_back = jax.vjp(functools.partial(mlp_block, config=MLPConfig(EMBED_DIM, HIDDEN_DIM)), params, x)

@@ -80,8 +80,8 @@ def test_blocks_out_of_its_checkpoint_compute_what_its_modules_do(tmp_path):
 
 def test_what_we_write_updates_its_model(tmp_path):
     source, target = Transformer(nnx.Rngs(0)), Transformer(nnx.Rngs(1))
-    layers = layouts.from_tree(nnx.to_pure_dict(nnx.state(source, nnx.Param)), layouts.nnx(CONFIG))
-    nnx.update(target, layouts.to_tree(layers, layouts.nnx(CONFIG)))
+    layers = layouts.from_tree(nnx.to_pure_dict(nnx.state(source, nnx.Param)), layouts.tunix(CONFIG))
+    nnx.update(target, layouts.to_tree(layers, layouts.tunix(CONFIG)))
     x = jax.random.normal(jax.random.key(1), (2, 5, D))
     for ours, theirs in zip(target.layers, source.layers):
         assert (ours.second_half(x) == theirs.second_half(x)).all()
@@ -90,7 +90,7 @@ def test_what_we_write_updates_its_model(tmp_path):
 
 def test_it_runs_with_our_mlp_in_place_of_its_feed_forward():
     theirs, ours = Transformer(nnx.Rngs(0)), Transformer(nnx.Rngs(0))
-    layers = layouts.from_tree(nnx.to_pure_dict(nnx.state(theirs, nnx.Param)), layouts.nnx(CONFIG))
+    layers = layouts.from_tree(nnx.to_pure_dict(nnx.state(theirs, nnx.Param)), layouts.tunix(CONFIG))
     for layer, params in zip(ours.layers, layers):
         layer.mlp = gemma_mlp.nnx.MLP(CONFIG, rngs=nnx.Rngs(7))
         nnx.update(layer.mlp, {name: getattr(params.mlp, name) for name in ("gate_proj", "up_proj", "down_proj")})

@@ -1,24 +1,36 @@
-"""Every Python block of the README runs as it stands; blocks build on one another, as a reader's session would."""
+"""Every Python block of every README runs as it stands.
+
+The blocks of one README build on one another, as a reader's session would, and start with nothing defined.
+"""
 
 import re
 from pathlib import Path
 
 import pytest
 
-README = (Path(__file__).parents[1] / "README.md").read_text()
-BLOCKS = re.findall(r"^```python\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
+ROOT = Path(__file__).parents[1]
+READMES = [path.relative_to(ROOT) for path in sorted(ROOT.rglob("README.md"))]
+READMES = [path for path in READMES if not path.parts[0].startswith(".")]  # such as .venv
+
+
+def blocks(path):
+    return re.findall(r"^```python\n(.*?)^```", (ROOT / path).read_text(), re.DOTALL | re.MULTILINE)
 
 
 @pytest.mark.promotes
 @pytest.mark.usefixtures("eight_devices")
-def test_python_blocks_run():
-    assert len(BLOCKS) >= 4
+@pytest.mark.parametrize("path", list(filter(blocks, READMES)), ids=str)
+def test_python_blocks_run(path):
     session = {}
-    for block in BLOCKS:
-        exec(compile(block, "README.md", "exec"), session)
+    for block in blocks(path):
+        exec(compile(block, str(path), "exec"), session)
 
 
-@pytest.mark.parametrize("purpose", ["scripts/train_toy.py", "-m pytest"])
+def test_the_main_readme_has_blocks():
+    assert len(blocks("README.md")) >= 4
+
+
+@pytest.mark.parametrize("purpose", ["scripts/train_toy.py", "-m pytest -n 2"])
 def test_the_two_commands_are_one_line_each_and_begin_with_a_bare_python(purpose):
-    (command,) = re.findall(rf"^python3 -m venv \.venv && .*{purpose}$", README, re.MULTILINE)
+    (command,) = re.findall(rf"^python3 -m venv \.venv && .*{purpose}$", (ROOT / "README.md").read_text(), re.MULTILINE)
     assert ".venv/bin/python -m pip install" in command

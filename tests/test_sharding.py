@@ -1,7 +1,8 @@
-"""On meshes of eight devices: the numbers of one device, parameters spread by the rules, errors with the numbers."""
+"""Eight devices give the numbers of one, the rules place every parameter, and errors name the sizes."""
 
 import dataclasses
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -17,18 +18,15 @@ from gemma_mlp import MLPBlockParams, MLPConfig, MLPParams, RMSNormParams, feed_
 from gemma_mlp.params import LeafSpec
 from gemma_mlp.testing import oracle, samples
 from gemma_mlp.testing.oracle import relative_error
-from tests import test_block
-from tests.support.comparison import FLOAT32_BOUND, SAVES, errors, exact_result
+from tests.support.cases import FLOAT32_BOUND, SAVES, block_errors, errors, exact_block_result, exact_result
+from tests.support.cases import block_case as make_block_case
+from tests.support.meshes import RULES, make_mesh, spread
+from tests.support.vary import vary
 
-MESHES = ((8, 1), (4, 2), (2, 4), (1, 8))  # fsdp, tensor
-RULES = {"tensor": sharding.RULES, "sequence": sharding.SEQUENCE_PARALLEL_RULES}
-EMBED_DIM, HIDDEN_DIM = 16, 2048  # of eight parts, each is two slices of 128
+SHAPES = ((8, 1), (4, 2), (2, 4), (1, 8))  # fsdp, tensor
+MESHES = (*((shape, AxisType.Auto) for shape in SHAPES), ((2, 4), AxisType.Explicit))
+EMBED_DIM, HIDDEN_DIM = 16, 2048  # each of eight shards of F is two slices of 128
 CONFIG = MLPConfig(EMBED_DIM, HIDDEN_DIM, dtype="float32")
-
-
-def make_mesh(fsdp, tensor, axis_type=AxisType.Auto, data=1):
-    shape = (data, fsdp, tensor)
-    return jax.make_mesh(shape, ("data", "fsdp", "tensor"), (axis_type,) * 3, devices=jax.devices("cpu")[:8])
 
 
 @functools.cache
@@ -39,14 +37,11 @@ def case(use_bias=False):
     return arrays, x, dy, exact_result(arrays, x, dy, "gelu_tanh")
 
 
-def spread(tree, mesh, rules, specs):
-    return jax.device_put(tree, sharding.named_shardings(specs, mesh, rules))
-
-
-@pytest.mark.parametrize("chunk_size", [None, 4])
-@pytest.mark.parametrize("save", SAVES)
-@pytest.mark.parametrize("rules", RULES)
-@pytest.mark.parametrize("mesh", [*((shape, AxisType.Auto) for shape in MESHES), ((2, 4), AxisType.Explicit)], ids=str)
+@vary(
+    "mesh rules save chunk_size",
+    itertools.product(MESHES, RULES, SAVES, (None, 4)),
+    together="mesh rules save chunk_size",
+)
 def test_a_mesh_changes_no_number(mesh, rules, save, chunk_size):
     arrays, x, dy, exact = case()
     (shape, axis_type), rules = mesh, RULES[rules]
@@ -63,27 +58,28 @@ def test_a_mesh_changes_no_number(mesh, rules, save, chunk_size):
     assert result[0].sharding.is_equivalent_to(stream, 3) and result[2].sharding.is_equivalent_to(stream, 3)
 
 
-@pytest.mark.parametrize("rules", RULES)
-@pytest.mark.parametrize("shape", MESHES, ids=str)
-@pytest.mark.parametrize("shell", ["nnx", "linen"])
-def test_the_block_of_both_shells(shell, shape, rules):
-    mesh, rules = make_mesh(*shape), RULES[rules]
+@vary("shell mesh rules", itertools.product(("nnx", "linen"), MESHES, RULES), together="shell mesh rules")
+def test_the_block_of_both_shells(shell, mesh, rules):
+    (shape, axis_type), rules = mesh, RULES[rules]
+    mesh = make_mesh(*shape, axis_type)
     config = dataclasses.replace(CONFIG, axis_rules=rules)
-    tree, apply, specs = {"nnx": in_nnx, "linen": in_linen}[shell](config)
-    check_block(tree, apply, sharding.named_shardings(specs, mesh, rules), mesh, rules)
-
-
-@pytest.mark.parametrize("rules", RULES)
-def test_the_block_on_explicit_axes(rules):
-    mesh, rules = make_mesh(2, 4, AxisType.Explicit), RULES[rules]
-    config = dataclasses.replace(CONFIG, axis_rules=rules)
-    for shell in (in_nnx, in_linen):
-        tree, apply, specs = shell(config)
-        check_block(tree, apply, sharding.named_shardings(specs, mesh, rules), mesh, rules)
+    params, apply, specs = {"nnx": in_nnx, "linen": in_linen}[shell](config)
+    _, x, dy, exact = block_case()
+    stream = sharding.activation_sharding(x.shape, mesh, rules)
+    x, dy = (jax.device_put(jnp.asarray(a, "float32"), stream) for a in (x, dy))
+    with jax.set_mesh(mesh):
+        params = spread(params, mesh, rules, specs)
+        y, dparams, dx = jax.jit(functools.partial(samples.value_and_pullback, apply))(params, x, dy)
+    grads = nnx.to_pure_dict(dparams) if isinstance(dparams, nnx.State) else nn.unbox(dparams)
+    grads = MLPBlockParams(
+        RMSNormParams(**grads["pre_norm"]), MLPParams(**grads["mlp"]), RMSNormParams(**grads["post_norm"])
+    )
+    for name, error in block_errors((y, grads, dx), exact).items():
+        assert error <= FLOAT32_BOUND, name
 
 
 def in_nnx(config):
-    """(parameters, apply, boxed state)."""
+    """The parameters, a function that applies the module to them, and a tree with their logical axes."""
     graphdef, state = nnx.split(gemma_mlp.nnx.MLPBlock(config, rngs=nnx.Rngs(0)))
     nnx.replace_by_pure_dict(state, tree_of(block_case()[0]))
     return state, lambda state, x: nnx.merge(graphdef, state)(x), state
@@ -98,8 +94,8 @@ def in_linen(config):
 
 @functools.cache
 def block_case():
-    arrays, x, dy = test_block.case((8, 8), embed_dim=EMBED_DIM, hidden_dim=HIDDEN_DIM)
-    return arrays, x, dy, test_block.exact_result(arrays, x, dy)
+    arrays, x, dy = make_block_case((8, 8), embed_dim=EMBED_DIM, hidden_dim=HIDDEN_DIM)
+    return arrays, x, dy, exact_block_result(arrays, x, dy)
 
 
 def tree_of(arrays):
@@ -108,48 +104,41 @@ def tree_of(arrays):
     return {"mlp": mlp} | {norm: {"scale": jnp.asarray(arrays[norm], "float32")} for norm in ("pre_norm", "post_norm")}
 
 
-def check_block(params, apply, shardings, mesh, rules):
-    _, x, dy, exact = block_case()
-    stream = sharding.activation_sharding(x.shape, mesh, rules)
-    x, dy = (jax.device_put(jnp.asarray(a, "float32"), stream) for a in (x, dy))
-    params = jax.device_put(params, shardings)
-    with jax.set_mesh(mesh):
-        y, dparams, dx = jax.jit(functools.partial(samples.value_and_pullback, apply))(params, x, dy)
-    grads = nnx.to_pure_dict(dparams) if isinstance(dparams, nnx.State) else nn.unbox(dparams)
-    grads = MLPBlockParams(
-        RMSNormParams(**grads["pre_norm"]), MLPParams(**grads["mlp"]), RMSNormParams(**grads["post_norm"])
-    )
-    for name, error in test_block.errors((y, grads, dx), exact).items():
-        assert error <= FLOAT32_BOUND, name
+DROPOUT = {"dropout_rate": 0.5, "dropout_key": jax.random.key(0)}
 
 
-@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
-@pytest.mark.parametrize("rules", RULES)
-@pytest.mark.parametrize("chunk_size", [None, 4])
-def test_dropout_and_biases_are_those_of_one_device(rules, chunk_size, axis_type):
+def run(params, x, dy, **options):
+    apply = functools.partial(feed_forward, **DROPOUT, **options)
+    return jax.jit(functools.partial(samples.value_and_pullback, apply))(params, x, dy)
+
+
+@functools.cache
+def on_one_device():
     arrays, x, dy, _ = case(use_bias=True)
-    config = dataclasses.replace(CONFIG, use_bias=True)
+    args = samples.mlp_params(arrays, "float32"), jnp.asarray(x, "float32"), jnp.asarray(dy, "float32")
+    return args, run(*args)
+
+
+@vary(
+    "rules chunk_size axis_type",
+    itertools.product(RULES, (None, 4), (AxisType.Auto, AxisType.Explicit)),
+    together="rules chunk_size axis_type",
+)
+def test_dropout_and_biases_are_those_of_one_device(rules, chunk_size, axis_type):
+    (params, x, dy), alone = on_one_device()
     mesh, rules = make_mesh(2, 4, axis_type), RULES[rules]
-    options = {"dropout_rate": 0.5, "dropout_key": jax.random.key(0)}
-
-    def run(params, x, dy, **options):
-        apply = jax.jit(functools.partial(samples.value_and_pullback, functools.partial(feed_forward, **options)))
-        return apply(params, x, dy)
-
-    params, x, dy = samples.mlp_params(arrays, "float32"), jnp.asarray(x, "float32"), jnp.asarray(dy, "float32")
-    alone = run(params, x, dy, **options)
     stream = sharding.activation_sharding(x.shape, mesh, rules)
     with jax.set_mesh(mesh):
-        params = spread(params, mesh, rules, MLPParams.specs(config))
+        params = spread(params, mesh, rules, MLPParams.specs(dataclasses.replace(CONFIG, use_bias=True)))
         x, dy = jax.device_put((x, dy), stream)
-        together = run(params, x, dy, chunk_size=chunk_size, axis_rules=rules, **options)
+        together = run(params, x, dy, chunk_size=chunk_size, axis_rules=rules)
     for ours, theirs in zip(jax.tree.leaves(together), jax.tree.leaves(alone), strict=True):
         assert relative_error(ours, theirs) <= FLOAT32_BOUND
 
 
 @pytest.mark.parametrize("shape", [(16,), (8, 16), (8, 1, 8, 16)], ids=str)
 def test_any_leading_axes(shape):
-    """Of [N, D] the first axis is the batch; of more than three the middle ones are whole."""
+    """The first axis of [N, D] is the batch. Axes between the batch and the length are not sharded."""
     mesh, rules = make_mesh(2, 4), sharding.SEQUENCE_PARALLEL_RULES
     arrays = case()[0]
     x = jnp.asarray(samples.normal(np.random.default_rng(2), shape), "float32")
@@ -181,7 +170,7 @@ def test_hidden_activations_on_explicit_axes():
 
 
 class TestShardings:
-    """Literal specs, written out again."""
+    """The expected specs are literals, written out independently of the package."""
 
     WEIGHTS = {"gate_proj": ("fsdp", "tensor"), "up_proj": ("fsdp", "tensor"), "down_proj": ("tensor", "fsdp")}
 
@@ -237,16 +226,16 @@ RENAMED = (("batch", "rows"), *sharding.RULES[1:])
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda mesh: apply_on(mesh, sharding.RULES, (3, 8, 16)), r"multiple of .*: 2, of mesh axes .*Received: 3 in"),
-        (lambda mesh: apply_on(mesh, sharding.SEQUENCE_PARALLEL_RULES, (2, 6, 16)), r": 4, of .*Received: 6 in an act"),
-        (lambda mesh: apply_on(mesh, RENAMED, (2, 8, 16)), r"axes of the mesh, data, fsdp, tensor. Received: rows in"),
+        (lambda mesh: apply_on(mesh, sharding.RULES, (3, 8, 16)), r"multiple of .*: 2, for mesh axes .*: 3 in"),
+        (lambda mesh: apply_on(mesh, sharding.SEQUENCE_PARALLEL_RULES, (2, 6, 16)), r": 4, for .*: 6 in an act"),
+        (lambda mesh: apply_on(mesh, RENAMED, (2, 8, 16)), r"axes of the mesh, which are data, fsdp, tensor.*: rows in"),
         (
             lambda mesh: sharding.named_shardings(MLPBlockParams.specs(MLPConfig(15, 2048)), mesh),
-            r": 2, of mesh axes fsdp. Received: 15 in a parameter",
+            r": 2, for mesh axes fsdp.*: 15 in a parameter",
         ),
         (
             lambda mesh: sharding.named_shardings({"w": LeafSpec((2,), ("heads",), jax.nn.initializers.zeros)}, mesh),
-            r"batch, length, embed, mlp. Received: heads. Fix: add a rule",
+            r"batch, length, embed, mlp.*: heads. Fix: add a rule",
         ),
         (lambda mesh: MLPConfig(16, 64, axis_rules=sharding.RULES[1:]), "one rule for each of batch, length"),
         (lambda mesh: MLPConfig(16, 64, axis_rules=list(sharding.RULES)), "a tuple of pairs"),

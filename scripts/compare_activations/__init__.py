@@ -1,1 +1,1 @@
-"""What scripts/compare_activations.py measures: gates and activations, at equal parameters."""
+"""The study of scripts/compare_activations.py: feed-forwards with and without a gate, at equal parameters."""

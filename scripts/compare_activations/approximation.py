@@ -1,4 +1,4 @@
-"""How far the tanh form of GELU, which Gemma uses, is from the erf form: in itself, in a layer, in a model's loss."""
+"""Measures how far GELU's tanh form, which Gemma uses, is from its erf form: by itself, in a layer, and in a model."""
 
 import dataclasses
 import functools
@@ -7,8 +7,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from byte_decoder.evaluation import make_evaluation
 from scipy import special
-from train_toy import training
 
 from compare_activations import heldout
 from compare_activations.ensembles import Member, member, numbers, text_batches
@@ -40,14 +40,14 @@ def measure(config, ledger: Ledger) -> None:
 
 
 def points(dtype: str) -> np.ndarray:
-    """Where the forms are compared: a fine grid over [-RANGE, RANGE], rounded to the dtype, each number once."""
+    """The points to compare at: a fine grid over [-RANGE, RANGE], rounded to the dtype, without repetitions."""
     with jax.enable_x64(dtype == "float64"):
         grid = np.linspace(-RANGE, RANGE, 1_600_001)
         return np.unique(np.asarray(jnp.asarray(grid, dtype)).astype(np.float64))
 
 
 def differences(dtype: str) -> tuple[np.ndarray, np.ndarray]:
-    """(points, tanh form - erf form), each form computed wide and rounded to the dtype once."""
+    """(points, tanh form - erf form). Each form is computed in a wider dtype, if there is one, and rounded once."""
     x = points(dtype)
     with jax.enable_x64(dtype == "float64"):
         wide = jnp.asarray(x, "float64" if dtype == "float64" else "float32")
@@ -56,7 +56,7 @@ def differences(dtype: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 def by_itself(dtype: str) -> dict[str, Any]:
-    """The largest difference and its place; means over the range and over a standard normal."""
+    """The largest difference and its place, and the mean difference over the range and over a standard normal x."""
     x, difference = differences(dtype)
     gap = np.abs(difference)
     edges = np.concatenate([[-np.inf], (x[1:] + x[:-1]) / 2, [np.inf]])
@@ -72,9 +72,9 @@ def by_itself(dtype: str) -> dict[str, Any]:
 
 
 def in_a_layer(preset: str, dtype: str, tokens: int) -> dict[str, Any]:
-    """Relative L2 difference of a random layer's outputs, beside what rounding to bfloat16 changes in them.
+    """The relative L2 difference of a random layer's outputs between the two forms, and what rounding changes in them.
 
-    Weights are the same bfloat16 numbers in both dtypes, inputs are standard normal.
+    The weights are the same bfloat16 numbers for every dtype. The inputs are standard normal.
     """
     config = dataclasses.replace(PRESETS[preset], param_dtype="bfloat16")
     params = jax.jit(functools.partial(MLPParams.init, config))(jax.random.key(0))
@@ -94,20 +94,20 @@ def in_a_layer(preset: str, dtype: str, tokens: int) -> dict[str, Any]:
 
 
 def in_a_model(config, corpus) -> dict[str, Any]:
-    """Held-out bits per byte of models trained with the tanh form, evaluated with either."""
+    """Held-out bits per byte of models that are trained with the tanh form and evaluated with each form."""
     models = {form: heldout.decoder(config, name) for form, name in zip(FORMS, ("geglu_tanh", "geglu_erf"))}
     members = [Member(seed, config.approximation.learning_rate) for seed in config.seeds]
     batch = text_batches(corpus, config.seq_len, config.batch_size)
     params = heldout.ensemble(config, models["gelu_tanh"]).final(members, batch).params
     scores = {}
     for form, model in models.items():
-        evaluate = training.make_evaluation(model, corpus, config.seq_len)
+        evaluate = make_evaluation(model, corpus, config.seq_len)
         scores[form] = numbers([evaluate(member(params, i)) for i in range(len(members))], digits=9)
     return {"seeds": list(config.seeds), **scores}
 
 
 def table(runs) -> list[dict]:
-    """The runs as they are; of the model, the paired difference, erf - tanh, with its 95 % interval."""
+    """A row for each run. The model's has the paired difference erf - tanh, with its 95 % interval."""
     rows = []
     for run in (dict(run) for run in runs if run["section"] == NAME):
         del run["section"]
@@ -120,7 +120,7 @@ def table(runs) -> list[dict]:
 
 
 def draw(axes, _) -> None:
-    """Both dtypes' differences over x."""
+    """Draws the difference over x, in bfloat16 and in float32."""
     for dtype, style in (("bfloat16", "."), ("float32", "-")):
         x, difference = differences(dtype)
         shown = slice(None) if dtype == "bfloat16" else slice(None, None, 500)

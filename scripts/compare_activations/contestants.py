@@ -1,4 +1,4 @@
-"""Who takes part: the GLU family from gemma_mlp, and the ungated feed-forward, composed from Flax, for comparison."""
+"""The contestants: the GLU family from gemma_mlp, and feed-forwards without a gate, composed from Flax modules."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -14,14 +14,14 @@ from gemma_mlp.checks import require
 
 
 class Contestant(NamedTuple):
-    """A feed-forward by its activation, gated (activation(x W) * (x V)) or not (activation(x W))."""
+    """A feed-forward: activation(x W) * (x V) with a gate, activation(x W) without."""
 
     label: str
     activation: str
     gated: bool
 
 
-# Shazeer's names (arXiv:2002.05202). The ungated GELU is the tanh form, so that GEGLU (tanh) differs by the gate alone.
+# Shazeer's names (arXiv:2002.05202). GELU without a gate is the tanh form too, so that only the gate differs.
 CONTESTANTS = {
     "geglu_tanh": Contestant("GEGLU (tanh)", "gelu_tanh", gated=True),
     "geglu_erf": Contestant("GEGLU (erf)", "gelu", gated=True),
@@ -33,15 +33,15 @@ CONTESTANTS = {
     "silu": Contestant("SiLU, no gate", "silu", gated=False),
     "relu": Contestant("ReLU, no gate", "relu", gated=False),
 }
-REFERENCE = "geglu_tanh"  # what the others are compared with
+REFERENCE = "geglu_tanh"  # the one that the others are compared with
 
 
 class UngatedMLP(nnx.Module):
-    """y = activation(x W_up) W_down, drawn with the variances of gemma_mlp's own weights: 1 / fan-in.
+    """y = activation(x W_up) W_down. The initial weights have variance 1 / fan-in, as gemma_mlp's own have.
 
     Args:
       config: sizes and numerics; `activation` is applied to the one hidden projection.
-      rngs: `params` draws the weights.
+      rngs: the stream `params` draws the weights.
     """
 
     def __init__(self, config: MLPConfig, *, rngs: nnx.Rngs):
@@ -55,14 +55,14 @@ class UngatedMLP(nnx.Module):
 
 
 class Block(nnx.Module):
-    """x + post_norm(mlp(pre_norm(x))) around any feed-forward; with gemma_mlp's own it is `gemma_mlp.nnx.MLPBlock`.
+    """x + post_norm(mlp(pre_norm(x))) around any feed-forward. `gemma_mlp.nnx.MLPBlock` is the same around its own.
 
     Args:
       config: sizes and numerics.
-      rngs: `params` draws the weights.
-      mlp: makes the feed-forward from the two.
+      rngs: the stream `params` draws the weights.
+      mlp: the class of the feed-forward, called as mlp(config, rngs=rngs).
       norms: False leaves both norms out.
-      residual: False leaves the sum with x out.
+      residual: False leaves out the addition of x.
     """
 
     def __init__(
@@ -86,13 +86,14 @@ class Block(nnx.Module):
 
 
 def mlp_config(name: str, embed_dim: int, gated_hidden_dim: int) -> MLPConfig:
-    """The sizes of a contestant: without a gate two matrices share what three have, so hidden_dim is 3/2 as large.
+    """The sizes of a contestant. Without a gate it has two matrices instead of three, and 3/2 of the gated hidden_dim.
 
-    Parameters are then equal, and so are the FLOPs of the products, since a token meets each weight once.
+    Then all contestants have equally many parameters. Their matmuls take equally many FLOPs, because each token is
+    multiplied by each weight once.
     """
     require(
         gated_hidden_dim % 2 == 0,
-        "A gated hidden size is even, so that 3/2 of it is whole.",
+        "config.hidden_dim must be even, so that 3/2 of it is a whole number.",
         str(gated_hidden_dim),
         "pass an even --config.hidden_dim.",
     )
@@ -108,19 +109,20 @@ def mlp_config(name: str, embed_dim: int, gated_hidden_dim: int) -> MLPConfig:
 
 
 def mlp_class(name: str) -> Callable:
-    """The contestant's feed-forward: (config, rngs=rngs) -> module."""
+    """The class of the contestant's feed-forward, called as mlp(config, rngs=rngs)."""
     return gemma_mlp.nnx.MLP if CONTESTANTS[name].gated else UngatedMLP
 
 
 def block_class(name: str) -> Callable:
-    """The contestant's block with norms and residual: (config, rngs=rngs) -> module."""
+    """The class of the contestant's block with norms and residual, called as block(config, rngs=rngs)."""
     return gemma_mlp.nnx.MLPBlock if CONTESTANTS[name].gated else Block
 
 
 def unit_gain(name: str) -> float:
-    """What the last weights have to be multiplied by so that unit-variance input gives unit-variance output.
+    """The factor for the last weights that makes an input of unit variance give an output of unit variance.
 
-    gate, up and hidden projection of such an input are about standard normal, so it is 1 / sqrt(E[activation(z)^2]).
+    The projections of such an input are about standard normal, so the factor is 1 / sqrt(E[activation(z)^2]). With a
+    gate the other projection is multiplied in; its variance is 1, so the factor is the same.
     """
     nodes, weights = np.polynomial.hermite_e.hermegauss(64)
     values = np.asarray(jax.jit(ACTIVATIONS[CONTESTANTS[name].activation])(np.float32(nodes)), np.float64)  # pyright: ignore[reportArgumentType]

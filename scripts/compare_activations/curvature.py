@@ -1,8 +1,9 @@
-"""Curvature along the path of training: the Hessian's largest eigenvalue, and how fast the gradient in fact changes.
+"""Measures curvature during training: the Hessian's largest eigenvalue, and how fast the gradient really changes.
 
-Both are of the training loss on one fixed batch, and all contestants train at one learning rate. The eigenvalue comes
-from Hessian-vector products through Lanczos' method. They do not see what a kink does, since the second derivative is
-taken beside it; the change of the gradient over a step of the optimiser, divided by the step's length, does.
+Both are measured on the training loss of one fixed batch. All contestants train at one learning rate. Lanczos' method
+finds the eigenvalue from Hessian-vector products. These do not see a kink, because they take second derivatives on its
+sides and never across it. The other measure sees it: the change of the gradient over a step, divided by the step's
+length.
 """
 
 import functools
@@ -11,8 +12,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from byte_decoder import training
 from jax.flatten_util import ravel_pytree
-from train_toy import training
 
 from compare_activations import heldout
 from compare_activations.contestants import CONTESTANTS
@@ -29,14 +30,14 @@ def count(config) -> int:
 
 
 def measure(config, ledger: Ledger) -> None:
-    """Trains each contestant once more, at one learning rate, and stops to measure on the way."""
+    """Trains each contestant again, at one learning rate, and measures on the way."""
     corpus = heldout.load(config)
     for name in config.factorial:
         ledger.run(functools.partial(along_the_path, config, corpus, name), section=NAME, contestant=name)
 
 
 def along_the_path(config, corpus, name: str) -> dict[str, Any]:
-    """Both measures at `config.curvature.at`, a number for each seed."""
+    """Both measures at the steps `config.curvature.at`: a number for each seed."""
     ours = config.curvature
     model = heldout.decoder(config, name)
     ensemble = heldout.ensemble(config, model)
@@ -52,7 +53,7 @@ def along_the_path(config, corpus, name: str) -> dict[str, Any]:
             values = probe(before, state.params, windows)
             measured.append({"step": step, **{name: numbers(values[name]) for name in MEASURES}})
         if step + 1 in ours.at:
-            before = jax.tree.map(jnp.copy, state.params)  # the step consumes its state
+            before = jax.tree.map(jnp.copy, state.params)  # a copy, because the next step donates the state
     return {"seeds": list(ours.seeds), "at": measured}
 
 
@@ -71,28 +72,31 @@ def curvature(loss, before, after, batch, *, iterations: int) -> dict[str, jax.A
 
 
 def largest_eigenvalue(matvec, start: jax.Array, iterations: int) -> jax.Array:
-    """The largest eigenvalue of a symmetric matrix known by its products, by Lanczos' method.
+    """The largest eigenvalue of a symmetric matrix M that is given by matvec(v) = M v, by Lanczos' method.
 
-    An estimate from below: the largest of the matrix restricted to start, matvec(start), matvec(matvec(start)), ...
+    The estimate is never too large: it is the largest eigenvalue of M restricted to the span of start, M start,
+    M M start, and so on.
     """
 
     def extend(basis, i):
         vector = matvec(basis[i])
         diagonal = vector @ basis[i]
-        for _ in range(2):  # rounding would otherwise bring found directions back
+        for _ in range(2):  # twice, because rounding brings earlier directions back
             vector -= (basis @ vector) @ basis
         length = jnp.linalg.norm(vector)
         return basis.at[i + 1].set(vector / length), (diagonal, length)
 
     basis = jnp.zeros((iterations + 1, start.size)).at[0].set(start / jnp.linalg.norm(start))
-    _, (diagonal, beside) = jax.lax.scan(extend, basis, jnp.arange(iterations))
-    tridiagonal = jnp.diag(diagonal) + jnp.diag(beside[:-1], 1) + jnp.diag(beside[:-1], -1)
+    _, (diagonal, off_diagonal) = jax.lax.scan(extend, basis, jnp.arange(iterations))
+    tridiagonal = jnp.diag(diagonal) + jnp.diag(off_diagonal[:-1], 1) + jnp.diag(off_diagonal[:-1], -1)
     return jnp.linalg.eigvalsh(tridiagonal)[-1]
 
 
 def table(runs) -> list[dict]:
-    """A row for each contestant and step: both measures with intervals, and log2 of each as a ratio to the kinked one
-    with the same gate, paired by seed."""
+    """A row for each contestant and step: both measures with intervals, and the log2 of the ratios to the kinked one's.
+
+    The kinked one is ReGLU for a contestant with a gate and ReLU for one without. Ratios are paired by seed.
+    """
     ours = {run["contestant"]: run for run in runs if run["section"] == NAME}
     rows = []
     for name, run in ours.items():

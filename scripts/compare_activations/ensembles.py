@@ -1,4 +1,4 @@
-"""The training script's loop for several seeds at a time: one program, whose members lie along a leading axis."""
+"""Trains several seeds at once with train_toy.py's loop: one program, with the members along a leading axis."""
 
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -8,11 +8,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from train_toy import data, training
+from byte_decoder import data, training
 
 
 class Member(NamedTuple):
-    seed: int  # draws the initial weights and the order of the data
+    seed: int  # it draws the initial weights and the order of the data
     learning_rate: float
 
 
@@ -23,12 +23,12 @@ class Schedule(NamedTuple):
 
 
 class Ensemble:
-    """Members that differ in seed and learning rate alone, trained together; over several devices where they divide.
+    """Members that differ only in seed and learning rate. They train together, spread evenly over the devices.
 
     Args:
       init: key -> parameters.
       loss: (parameters, batch) -> scalar.
-      schedule: of every member; its learning rate rises to the member's own.
+      schedule: the same for every member, except that each learning rate peaks at the member's own.
     """
 
     def __init__(self, init: Callable, loss: Callable, schedule: Schedule):
@@ -44,14 +44,14 @@ class Ensemble:
         self._step = jax.jit(jax.vmap(step), donate_argnums=0)
 
     def init(self, members: Sequence[Member]) -> training.TrainState:
-        """The members' states before their first step, along the leading axis of every leaf."""
+        """The states before the first step. The members lie along the leading axis of every leaf."""
         keys = jnp.stack([jax.random.key(member.seed) for member in members])
         return self._init(jax.device_put(keys, _sharding(len(members))))
 
     def train(
         self, members: Sequence[Member], batch: Callable[[int, int], Any], state: training.TrainState
     ) -> Iterator[tuple[int, training.TrainState, jax.Array]]:
-        """`training.optimise` for all members; `batch(seed, step)` is what a seed learns from at a step."""
+        """`training.optimise` for all members. `batch(seed, step)` is the batch of a seed at a step."""
         sharding = _sharding(len(members))
         rates = jax.device_put(np.array([member.learning_rate for member in members], np.float32), sharding)
 
@@ -65,7 +65,7 @@ class Ensemble:
         return training.optimise(train_step, state, stacked, 1, self.schedule.steps)
 
     def final(self, members: Sequence[Member], batch: Callable[[int, int], Any]) -> training.TrainState:
-        """The states after all steps."""
+        """The states after the last step."""
         final = self.init(members)
         for _, state, _ in self.train(members, batch, final):
             final = state
@@ -73,7 +73,7 @@ class Ensemble:
 
 
 def text_batches(corpus: data.Corpus, seq_len: int, batch_size: int) -> Callable[[int, int], np.ndarray]:
-    """(seed, step) -> the windows that the training script would learn from."""
+    """(seed, step) -> the same batch that train_toy.py would learn from."""
     batches = {}
 
     def batch(seed, step):
@@ -85,12 +85,12 @@ def text_batches(corpus: data.Corpus, seq_len: int, batch_size: int) -> Callable
 
 
 def member(tree: Any, index: int) -> Any:
-    """The member at `index` of what an ensemble holds."""
-    return jax.tree.map(lambda leaf: leaf[index], tree)
+    """The leaves of the member at `index`, on the first device."""
+    return jax.tree.map(lambda leaf: jax.device_put(leaf[index], jax.devices()[0]), tree)
 
 
 def numbers(values, digits: int = 6) -> list[float | None]:
-    """For JSON, to so many digits; None where a run has diverged."""
+    """`values` for JSON, rounded to `digits` significant digits; None for a run that diverged."""
     return [float(f"{value:.{digits}g}") if math.isfinite(value) else None for value in np.asarray(values, float)]
 
 

@@ -1,15 +1,17 @@
-"""How well one feed-forward fits functions that need products of features, and some that do not.
+"""Measures how well one feed-forward fits functions that multiply features, and functions that do not.
 
-x is [batch, D]: standard normals and a constant 1 that serves as a bias. Without it GLU, and ReLU, GELU and SiLU
-without a gate, are an even function plus a linear one, whatever their weights, since sigmoid(z) + sigmoid(-z) = 1 and
-f(z) - f(-z) = z. y_k multiplies random unit projections of the normals, or bends a single one; every seed draws its
-own. The measure is the fraction of variance unexplained, on points that were not trained on.
+The input x [batch, D] holds standard normal numbers and a constant 1, which serves as a bias. The targets y [batch, D]
+are functions of random unit projections of the normal numbers; every seed draws its own projections. The measure is the
+fraction of variance unexplained, on points that were not trained on.
+
+Without the constant 1, several contestants could only give an even function plus a linear one, whatever their weights:
+GLU because sigmoid(z) + sigmoid(-z) = 1, and ReLU, GELU and SiLU without a gate because f(z) - f(-z) = z.
 """
 
 import jax.numpy as jnp
 import numpy as np
+from byte_decoder import language_model
 from flax import nnx
-from train_toy import language_model
 
 from compare_activations import contestants, tuning
 from compare_activations.contestants import CONTESTANTS
@@ -18,7 +20,7 @@ from compare_activations.ledger import Ledger
 
 NAME = "expressiveness"
 TEST_POINTS = 4096
-FUNCTIONS = {  # of three projections of x
+FUNCTIONS = {  # their arguments are three projections of x
     "a b": lambda a, b, c: a * b,
     "a b c": lambda a, b, c: a * b * c,
     "sin 2a": lambda a, b, c: np.sin(2 * a),
@@ -31,7 +33,7 @@ def count(config) -> int:
 
 
 def measure(config, ledger: Ledger) -> None:
-    """Tunes and fits each contestant to each function, as on held-out text."""
+    """Fits each contestant to each function, with a learning rate tuned as for the held-out text."""
     ours = config.expressiveness
     seeds = {"tuning_seeds": config.tuning_seeds, "seeds": config.seeds}
     for function in FUNCTIONS:
@@ -42,7 +44,7 @@ def measure(config, ledger: Ledger) -> None:
 
 
 def make_task(function: str, embed_dim: int, batch_size: int):
-    """(seed, step) -> (x, y); step 0 has the test points."""
+    """(seed, step) -> (x, y). Step 0 gives the test points."""
 
     def batch(seed, step):
         projections = np.random.default_rng(seed).standard_normal((3, embed_dim - 1, embed_dim))
@@ -56,7 +58,7 @@ def make_task(function: str, embed_dim: int, batch_size: int):
 
 
 def make_fit(ours, name: str, function: str):
-    """members -> log10 of the fraction of variance that each leaves unexplained."""
+    """members -> log10 of the fraction of variance that each of them leaves unexplained."""
     config = contestants.mlp_config(name, ours.embed_dim, ours.hidden_dim)
     mlp = contestants.mlp_class(name)
     init, apply = language_model.pure_functions(lambda key: mlp(config, rngs=nnx.Rngs(params=key)))
@@ -80,7 +82,7 @@ def make_fit(ours, name: str, function: str):
 
 
 def table(runs) -> list[dict]:
-    """A row for each function and contestant, as `tuning.rows` makes it."""
+    """A row for each function and contestant, with the columns of `tuning.rows`."""
     ours = [run for run in runs if run["section"] == NAME]
     return [
         {"function": function, **row}
@@ -90,7 +92,7 @@ def table(runs) -> list[dict]:
 
 
 def draw(axes, runs) -> None:
-    """Bars of the fraction of variance unexplained, by function."""
+    """Draws, for each function, the fraction of variance unexplained as bars."""
     rows = table(runs)
     names = list(dict.fromkeys(row["contestant"] for row in rows))
     for i, name in enumerate(names):

@@ -1,8 +1,8 @@
-"""Norms of activations and gradients through deep stacks of feed-forwards, at the start and during training.
+"""Measures activations and gradients through deep stacks of feed-forwards, at the start and during training.
 
-The stack is embedding, feed-forwards, final norm, tied logits: no attention, so that nothing else carries the signal.
-It learns to predict the byte that follows a byte. Each feed-forward's last weights are scaled to unit gain at first,
-so that what is compared without norms is activation and gate rather than the variance that they happen to leave.
+A stack is an embedding, feed-forwards, a final norm and tied logits. It has no attention, so nothing else carries the
+signal. It learns to predict the next byte from one byte. The initial last weights of each feed-forward are scaled to
+unit gain. Otherwise the stacks without norms would only compare the output variance of the contestants.
 """
 
 import functools
@@ -11,9 +11,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from byte_decoder import language_model, training
+from byte_decoder.common import VOCABULARY
 from flax import nnx
-from train_toy import language_model, training
-from train_toy.common import VOCABULARY
 
 import gemma_mlp
 from compare_activations import contestants, heldout
@@ -23,7 +23,7 @@ from compare_activations.ledger import Ledger
 from compare_activations.statistics import interval
 
 NAME = "gradient_flow"
-WIRINGS = {  # how each feed-forward is joined to the stream
+WIRINGS = {  # how each feed-forward is joined to the residual stream
     "norms and residual": {"norms": True, "residual": True},  # gemma_mlp's block
     "residual": {"norms": False, "residual": True},
     "norms": {"norms": True, "residual": False},
@@ -40,7 +40,7 @@ def count(config) -> int:
 
 
 def measure(config, ledger: Ledger) -> None:
-    """Trains each stack for a short while and takes the norms of every layer on the way."""
+    """Trains each stack for a few steps and measures every layer on the way."""
     corpus = heldout.load(config)
     for wiring, depth, name in cells(config):
         run = functools.partial(flow_while_training, config, corpus, name, depth, **WIRINGS[wiring])
@@ -50,8 +50,9 @@ def measure(config, ledger: Ledger) -> None:
 def make_stack(name: str, embed_dim: int, hidden_dim: int, depth: int, *, norms: bool, residual: bool):
     """(init, forward) of a stack.
 
-    forward(params, tokens [B, T], nudges [depth + 1, B, T, D]) gives the logits and the root mean square of the stream
-    before each layer and after the last. Nudges of zero, added to the stream there, have its gradients.
+    forward(params, tokens [B, T], nudges [depth + 1, B, T, D]) returns the logits, and the root mean square of the
+    residual stream before each layer and after the last. It adds the nudges to the stream at these places. They are
+    zeros: their gradients are the gradients of the stream.
     """
     config = contestants.mlp_config(name, embed_dim, hidden_dim)
     wired = functools.partial(contestants.Block, mlp=contestants.mlp_class(name), norms=norms, residual=residual)
@@ -84,7 +85,7 @@ def rms(x, axis=None):
 
 
 def make_flow(forward, depth: int, embed_dim: int):
-    """(params, windows) -> the loss in nats, and by layer the root mean squares of the stream and of its gradient."""
+    """(params, windows) -> the loss in nats, and the root mean squares of the stream and of its gradient, by layer."""
 
     def loss(nudges, params, windows):
         logits, activations = forward(params, windows[:, :-1], nudges)
@@ -99,7 +100,7 @@ def make_flow(forward, depth: int, embed_dim: int):
 
 
 def flow_while_training(config, corpus, name: str, depth: int, *, norms: bool, residual: bool) -> dict[str, Any]:
-    """The norms at `config.gradient_flow.at`, a number for each seed and layer."""
+    """The measurements at the steps `config.gradient_flow.at`: a number for each seed and layer."""
     ours = config.gradient_flow
     init, forward = make_stack(name, ours.embed_dim, ours.hidden_dim, depth, norms=norms, residual=residual)
     nudges = jnp.zeros((depth + 1, 1, 1, 1))
@@ -108,7 +109,7 @@ def flow_while_training(config, corpus, name: str, depth: int, *, norms: bool, r
     ensemble = Ensemble(init, functools.partial(training.mean_loss, model), schedule)
     members = [Member(seed, ours.learning_rate) for seed in ours.seeds]
     batch = text_batches(corpus, ours.seq_len, ours.batch_size)
-    windows = batch(config.tuning_seeds[0], 1)  # of other seeds than those that train
+    windows = batch(config.tuning_seeds[0], 1)  # drawn by a seed that does not train
     flow = jax.jit(jax.vmap(make_flow(forward, depth, ours.embed_dim), in_axes=(0, None)))
 
     start = ensemble.init(members)
@@ -131,16 +132,21 @@ def flow_while_training(config, corpus, name: str, depth: int, *, norms: bool, r
 
 
 def decades(profiles) -> np.ndarray:
-    """log10 of the gradient's norm before the first layer over that after the last, seed by seed; -inf where it is lost
-    on the way, NaN where it is lost from the start or no finite number."""
+    """log10 of the gradient before the first layer over the gradient after the last, for each seed.
+
+    It is -inf if the gradient vanishes on the way, and NaN if it is zero after the last layer or not finite.
+    """
     ends = np.array([(profile[0], profile[-1]) for profile in profiles], float)
     with np.errstate(divide="ignore", invalid="ignore"):
         return np.log10(ends[:, 0] / ends[:, 1])
 
 
 def table(runs) -> list[dict]:
-    """A row for each stack: the decades that its gradient gains (+) or loses (-) from the last layer to the first, at
-    the first and at the last measured step, and the loss it came to, in bits."""
+    """A row for each stack.
+
+    Its columns are the powers of ten that the gradient gains (+) or loses (-) from the last layer to the first, at the
+    first and at the last measured step, and the final loss in bits.
+    """
     rows = []
     for run in (run for run in runs if run["section"] == NAME):
         row = {name: run[name] for name in ("wiring", "depth", "contestant")}
@@ -153,7 +159,7 @@ def table(runs) -> list[dict]:
 
 
 def summary(values) -> tuple[float | str, float | None]:
-    """The interval of finite values, or what became of the others."""
+    """`interval` if all values are finite; otherwise a word for what happened, and None."""
     values = np.asarray(values, float)
     if np.isfinite(values).all():
         return interval(values)
@@ -161,7 +167,7 @@ def summary(values) -> tuple[float | str, float | None]:
 
 
 def draw(axes, runs) -> None:
-    """The gradient at the start, over the layers of the deepest stack, with norms and residual and with neither."""
+    """Draws the initial gradient over the layers of the deepest stack, with norms and residual and with neither."""
     ours = [run for run in runs if run["section"] == NAME]
     deepest = max(run["depth"] for run in ours)
     names = list(dict.fromkeys(run["contestant"] for run in ours))

@@ -1,9 +1,9 @@
-"""Held-out bits per byte of the training script's model with each feed-forward, its learning rate tuned."""
+"""Measures held-out bits per byte of train_toy.py's model with each feed-forward, at a tuned learning rate."""
 
 import functools
 
+from byte_decoder import data, evaluation, language_model, nnx_model, training
 from flax import nnx
-from train_toy import data, language_model, nnx_model, training
 
 from compare_activations import contestants, tuning
 from compare_activations.contestants import CONTESTANTS
@@ -37,7 +37,7 @@ def load(config) -> data.Corpus:
 
 
 def decoder(config, name: str) -> language_model.LanguageModel:
-    """The training script's decoder with a contestant's feed-forward blocks."""
+    """train_toy.py's decoder with the contestant's feed-forward blocks."""
     sizes = (contestants.mlp_config(name, config.embed_dim, config.hidden_dim), config.num_layers, config.num_heads)
     block = contestants.block_class(name)
     return language_model.LanguageModel(
@@ -51,10 +51,10 @@ def ensemble(config, model: language_model.LanguageModel) -> Ensemble:
 
 
 def make_evaluation(config, corpus: data.Corpus, name: str):
-    """members -> their held-out bits per byte, trained from scratch."""
+    """members -> the held-out bits per byte of each, trained from scratch."""
     model = decoder(config, name)
     runner = ensemble(config, model)
-    bits_per_byte = training.make_evaluation(model, corpus, config.seq_len)
+    bits_per_byte = evaluation.make_evaluation(model, corpus, config.seq_len)
     batch = text_batches(corpus, config.seq_len, config.batch_size)
 
     def evaluate(members):
@@ -65,7 +65,7 @@ def make_evaluation(config, corpus: data.Corpus, name: str):
 
 
 def table(runs) -> list[dict]:
-    """A row for each contestant, as `tuning.rows` makes it."""
+    """A row for each contestant, with the columns of `tuning.rows`."""
     return tuning.rows([run for run in runs if run["section"] == NAME])
 
 

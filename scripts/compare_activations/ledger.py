@@ -1,4 +1,4 @@
-"""What has been measured, one run a line, so that an interrupted comparison goes on where it stopped."""
+"""Keeps each finished run in a file, so that an interrupted comparison continues where it stopped."""
 
 import json
 from collections.abc import Callable
@@ -6,25 +6,25 @@ from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
-from train_toy.records import read_metrics, write_atomically
+from workdir import read_json_lines, write_atomically
 
 Run = dict[str, Any]
 
 
 class Ledger:
-    """The runs of a folder's runs.jsonl; `bar` moves on by one with each.
+    """The finished runs of a comparison.
 
     Args:
-      path: the file; each finished run is added to it at once, by replacing the whole file.
-      bar: shows progress.
+      path: the file that holds them, one run a line. Each run is added as soon as it is finished.
+      bar: the progress bar; it advances by one for each run.
     """
 
     def __init__(self, path: Path, bar: tqdm):
         self.path, self.bar = path, bar
-        self.runs = read_metrics(path)
+        self.runs = read_json_lines(path)
 
     def run(self, measure: Callable[[], Run], **key: Any) -> Run:
-        """The run called `key`, as it was recorded or else as `measure()` gives it now."""
+        """The run named by `key`: from the file if it is there, otherwise measured now by `measure()`."""
         key = json.loads(json.dumps(key))
         self.bar.set_description(" ".join(str(value) for value in key.values()))
         found = next((run for run in self.runs if all(run.get(name) == value for name, value in key.items())), None)

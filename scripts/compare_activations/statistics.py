@@ -1,4 +1,4 @@
-"""Means over seeds with Student's t intervals."""
+"""Means over seeds, with Student's t confidence intervals."""
 
 import numpy as np
 from scipy import stats
@@ -7,9 +7,9 @@ CONFIDENCE = 0.95
 
 
 def interval(values, comparisons: int = 1) -> tuple[float, float]:
-    """(mean, half the width of its 95 % confidence interval), for independent and about normal `values`.
+    """(mean, half the width of its 95 % confidence interval), for values that are independent and about normal.
 
-    With several `comparisons` the interval is Bonferroni's: all of them hold together with 95 % confidence.
+    With several `comparisons` the interval is wider (Bonferroni): all of them hold at once with 95 % confidence.
     """
     values = np.asarray(values, float)
     quantile = stats.t.ppf(1 - (1 - CONFIDENCE) / 2 / comparisons, len(values) - 1)
@@ -17,5 +17,5 @@ def interval(values, comparisons: int = 1) -> tuple[float, float]:
 
 
 def paired(values, reference, comparisons: int = 1) -> tuple[float, float]:
-    """`interval` of values - reference, seed by seed."""
+    """`interval` of the differences values - reference, seed by seed."""
     return interval(np.subtract(values, reference), comparisons)

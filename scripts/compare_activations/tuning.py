@@ -1,4 +1,4 @@
-"""One comparison, wherever there is a score to lower: the learning rate tuned on some seeds, the contest on others."""
+"""One comparison by a score: some seeds choose the learning rate, other seeds compare the contestants at it."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -11,8 +11,6 @@ from compare_activations.ensembles import Member, numbers
 from compare_activations.ledger import Ledger, Run
 from compare_activations.statistics import interval, paired
 
-PARTS = ("tuning", "comparison")
-
 
 def compare(
     evaluate: Callable[[Sequence[Member]], Sequence[float]],
@@ -23,15 +21,15 @@ def compare(
     seeds: Sequence[int],
     **key: Any,
 ) -> None:
-    """Two runs in the ledger, called `key` and one of PARTS.
+    """Records two runs in the ledger: the tuning of the learning rate and the comparison.
 
     Args:
-      evaluate: members -> the score of each, trained from scratch; less is better.
-      ledger: where they are kept.
+      evaluate: members -> the score of each, trained from scratch. Less is better.
+      ledger: the record of all runs.
       learning_rates: the grid, the same for every contestant.
-      tuning_seeds: choose from the grid, by the least mean.
-      seeds: compare, at the rate chosen.
-      **key: what is being compared.
+      tuning_seeds: the seeds whose mean score chooses a rate from the grid.
+      seeds: the seeds that are compared, at the chosen rate.
+      **key: the name of both runs in the ledger, next to `part`.
     """
 
     def scored(members):
@@ -45,16 +43,16 @@ def compare(
 
 
 def best_rate(tuned: Run) -> float:
-    """The learning rate of the least mean score; one at which any seed diverged is out."""
+    """The learning rate with the least mean score. A rate at which any seed diverged is never chosen."""
     rates = np.array(tuned["learning_rates"])
     scores = np.array([np.inf if score is None else score for score in tuned["scores"]])
     return float(min(dict.fromkeys(rates.tolist()), key=lambda rate: scores[rates == rate].mean()))
 
 
 def rows(runs: Sequence[Run]) -> list[dict[str, Any]]:
-    """For the runs of one comparison, by contestant: mean and 95 % interval, and the paired difference from REFERENCE.
+    """A row for each contestant: the mean with its 95 % interval, and the paired difference from REFERENCE.
 
-    The intervals of the differences hold together with 95 % confidence (Bonferroni).
+    The intervals of all the differences hold at once with 95 % confidence (Bonferroni).
     """
     compared = {run["contestant"]: run for run in runs if run["part"] == "comparison"}
     table = []
@@ -62,14 +60,9 @@ def rows(runs: Sequence[Run]) -> list[dict[str, Any]]:
         mean, half = interval(run["scores"])
         row = {"contestant": name, "learning_rate": run["learning_rates"][0], "mean": mean, "half": half}
         if name != REFERENCE and REFERENCE in compared:
-            difference, half = difference_of(compared, name, REFERENCE, len(compared) - 1)
+            reference = compared[REFERENCE]
+            assert run["seeds"] == reference["seeds"]
+            difference, half = paired(run["scores"], reference["scores"], len(compared) - 1)
             row |= {"difference": difference, "difference_half": half}
         table.append(row)
     return table
-
-
-def difference_of(compared: dict[str, Run], name: str, reference: str, comparisons: int = 1) -> tuple[float, float]:
-    """The paired difference of two contestants, and half the width of its interval."""
-    ours, theirs = compared[name], compared[reference]
-    assert ours["seeds"] == theirs["seeds"]
-    return paired(ours["scores"], theirs["scores"], comparisons)

@@ -1,1 +1,1 @@
-"""The toy language model of the training script: an example of use, not a part of the package."""
+"""The run of scripts/train_toy.py: its configuration, training loop, checkpoints, records and processes."""

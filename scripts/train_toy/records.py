@@ -1,27 +1,22 @@
-"""What a run leaves behind to look at: JSON lines, TensorBoard events, a plot, a summary."""
+"""What a run leaves to look at: metrics as JSON lines and as TensorBoard events, and a figure of the loss."""
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import tensorboardX
-
-from gemma_mlp.checks import require
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
+from matplotlib.figure import Figure
+from workdir import read_json_lines, write_atomically
 
 
 class MetricsLog:
-    """Appends to metrics.jsonl and to a TensorBoard event file; a continued run goes on after `step`."""
+    """Appends to metrics.jsonl and to a TensorBoard event file. A run that continues drops the records after `step`."""
 
     def __init__(self, workdir: Path, step: int):
-        self.path = workdir / "metrics.jsonl"
-        kept = [record for record in read_metrics(self.path) if record["step"] <= step]
-        write_atomically(self.path, "".join(json.dumps(record) + "\n" for record in kept))
-        self._lines = self.path.open("a")
+        path = metrics_path(workdir)
+        before = [record for record in read_json_lines(path) if record["step"] <= step]
+        write_atomically(path, "".join(json.dumps(record) + "\n" for record in before))
+        self._lines = path.open("a")
         self._events = tensorboardX.SummaryWriter(str(workdir), purge_step=step + 1)
 
     def write(self, step: int, **metrics: float) -> None:
@@ -44,64 +39,19 @@ class MetricsLog:
         self._events.close()
 
 
-class NoLog:
-    """In place of a MetricsLog, in the processes of a run that leave the records to the first."""
-
-    def write(self, step: int, **metrics: float) -> None: ...
-
-    def text(self, step: int, name: str, text: str) -> None: ...
-
-    def flush(self) -> None: ...
-
-    def __enter__(self) -> "NoLog":
-        return self
-
-    def __exit__(self, *_) -> None: ...
+def metrics_path(workdir: Path) -> Path:
+    return workdir / "metrics.jsonl"
 
 
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The records of a metrics.jsonl; a last line that an interruption cut short is left out."""
-    if not path.exists():
-        return []
-    return [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Writes the whole of `text` or leaves the old file."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text)
-    os.replace(partial, path)
-
-
-def claim_workdir(workdir: Path, identity: dict[str, Any]) -> None:
-    """Writes what the run is made of into a new folder; refuses a folder that holds another run.
-
-    Raises:
-      ValueError: if the folder's own run differs, naming each difference.
-    """
-    workdir.mkdir(parents=True, exist_ok=True)
-    path = workdir / "config.json"
-    text = json.dumps(identity, indent=2)
-    if not path.exists():
-        write_atomically(path, text)
-        return
-    ours, theirs = json.loads(text), json.loads(path.read_text())
-    differences = [
-        f"{name} was {theirs.get(name)!r} and is {ours.get(name)!r}"
-        for name in sorted(ours.keys() | theirs.keys())
-        if ours.get(name) != theirs.get(name)
-    ]
-    require(
-        not differences,
-        "A run goes on with the configuration and the data it began with.",
-        "; ".join(differences),
-        f"choose another folder with --config.workdir, or delete {workdir} to start over.",
-    )
+def read_metrics(workdir: Path) -> list[dict[str, Any]]:
+    """The records in the metrics.jsonl of a run."""
+    return read_json_lines(metrics_path(workdir))
 
 
 def plot_loss(path: Path, metrics: list[dict[str, Any]], yardsticks: dict[str, float]) -> None:
-    """Draws bits per byte over steps, training and held out, with the yardsticks as lines."""
-    figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
+    """Draws bits per byte of training batches and of the held-out text over steps, and a line for each yardstick."""
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.subplots()
     for name, label, marker in (
         ("train_bits_per_byte", "training batch", ""),
         ("heldout_bits_per_byte", "held out", "o"),
@@ -113,4 +63,3 @@ def plot_loss(path: Path, metrics: list[dict[str, Any]], yardsticks: dict[str, f
     axes.set(xlabel="step", ylabel="bits per byte", ylim=(0, None))
     axes.legend()
     figure.savefig(path, dpi=120)
-    plt.close(figure)

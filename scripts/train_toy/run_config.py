@@ -1,4 +1,4 @@
-"""What a run is made of. The values are in configs/*.py; here are their types and rules."""
+"""The configuration of a run: types and rules of the values in configs/train_toy.py."""
 
 import dataclasses
 
@@ -8,10 +8,10 @@ from gemma_mlp.checks import require
 
 @dataclasses.dataclass(frozen=True)
 class RunConfig:
-    """One training run; built from an ml_collections config with the same fields.
+    """One training run. The comments in configs/train_toy.py say what each field means.
 
     Raises:
-      ValueError: at construction, for a size or an interval below 1, or a share outside of [0, 1].
+      ValueError: at construction, for a size or an interval below 1, or a share outside of [0, 1).
     """
 
     api: str
@@ -50,11 +50,11 @@ class RunConfig:
         self._require("embed_dim", self.embed_dim % (2 * self.num_heads) == 0, "a multiple of 2 * num_heads")
 
     def _require(self, name: str, condition: bool, rule: str) -> None:
-        require(condition, f"config.{name} is {rule}.", str(getattr(self, name)), f"pass --config.{name}=VALUE.")
+        require(condition, f"config.{name} must be {rule}.", str(getattr(self, name)), f"pass --config.{name}=VALUE.")
 
     @property
     def mlp(self) -> MLPConfig:
-        """The feed-forward block of the model."""
+        """The configuration of the model's feed-forward blocks."""
         return MLPConfig(
             embed_dim=self.embed_dim,
             hidden_dim=self.hidden_dim,
@@ -64,6 +64,6 @@ class RunConfig:
         )
 
     def identity(self) -> dict:
-        """What must not change while a run goes on: all that its numbers follow from."""
+        """The fields that the run's numbers depend on. They must not change when a run continues."""
         free = {"workdir", "mesh", "log_every", "checkpoint_every", "sample_bytes", "prompt", "check_values"}
         return {name: value for name, value in dataclasses.asdict(self).items() if name not in free}

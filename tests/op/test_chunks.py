@@ -1,6 +1,7 @@
-"""Chunks of tokens and slices of F: the same numbers, and no array of [T, F]."""
+"""Chunks of tokens and slices of F change no number and make no array of [T, F]."""
 
 import functools
+import itertools
 import math
 
 import jax
@@ -12,17 +13,24 @@ from jax.extend.core import jaxprs_in_params
 from gemma_mlp import MLPConfig, MLPParams, feed_forward, mlp
 from gemma_mlp.testing import oracle, samples
 from gemma_mlp.testing.oracle import relative_error
-from tests.support.comparison import FLOAT32_BOUND, FLOOR_FACTOR, SAVES, case, errors, exact_result, floor_errors, run
+from tests.support.cases import FLOAT32_BOUND, FLOOR_FACTOR, SAVES, case, errors, exact_result, floor_errors, run
+from tests.support.vary import vary
 
-# 7 tokens in 1, 2 (with a tail), 3 (with a tail) and 7 chunks; F in slices of 384, 256, 128 and 128 with a tail of 64.
+# These make 1, 2, 3 and 7 chunks of 7 tokens, and slices of F of 384, 256, 128 and 128. The last may be smaller.
 CHUNKS = (100, 4, 3, 1)
 HIDDEN_DIM = 320
 
 
-@pytest.mark.parametrize("save", [*SAVES, "autodiff"])
-@pytest.mark.parametrize("chunk_size", CHUNKS)
-@pytest.mark.parametrize(("batch", "use_bias"), [((7,), False), ((2, 7), True), ((2, 0), True), ((), True)], ids=str)
-def test_float32_equals_the_oracle(use_bias, batch, chunk_size, save):
+BATCHES = (((7,), False), ((2, 7), True), ((2, 0), True), ((), True))  # batch, use_bias
+
+
+@vary(
+    "batch chunk_size save",
+    itertools.product(BATCHES, CHUNKS, (*SAVES, "autodiff")),
+    together="chunk_size save",
+)
+def test_float32_equals_the_oracle(batch, chunk_size, save):
+    batch, use_bias = batch
     arrays, x, dy = case(batch, use_bias, hidden_dim=HIDDEN_DIM)
     result = run(arrays, x, dy, "float32", jit=True, save=save, chunk_size=chunk_size)
     assert result[0].shape == x.shape
@@ -30,10 +38,9 @@ def test_float32_equals_the_oracle(use_bias, batch, chunk_size, save):
         assert error <= FLOAT32_BOUND, name
 
 
-@pytest.mark.parametrize("save", SAVES)
-@pytest.mark.parametrize("chunk_size", CHUNKS)
-@pytest.mark.parametrize(("batch", "use_bias"), [((7,), False), ((2, 7), True)], ids=str)
-def test_bfloat16_is_at_the_floor(use_bias, batch, chunk_size, save):
+@vary("batch chunk_size save", itertools.product(BATCHES[:2], CHUNKS, SAVES), together="chunk_size save")
+def test_bfloat16_is_at_the_floor(batch, chunk_size, save):
+    batch, use_bias = batch
     arrays, x, dy = case(batch, use_bias, hidden_dim=HIDDEN_DIM)
     exact = exact_result(arrays, x, dy, "gelu_tanh")
     floor = floor_errors(arrays, x, dy, "gelu_tanh", exact, save)
@@ -42,11 +49,13 @@ def test_bfloat16_is_at_the_floor(use_bias, batch, chunk_size, save):
         assert error <= FLOOR_FACTOR * floor[name], name
 
 
-@pytest.mark.parametrize("save", SAVES)
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("remat", [False, True])
+@vary(
+    "save dtype remat",
+    itertools.product(SAVES, ("float32", "bfloat16"), (False, True)),
+    together="save dtype remat",
+)
 def test_scan_remat_and_vmap_around_chunks(save, dtype, remat):
-    """Also that no product fails on the CPU when its operands come out of a loop in a loop."""
+    """This also shows that no matmul fails on a CPU when its operands come out of a loop inside a loop."""
     layers = [samples.mlp_params(case((), seed=seed, hidden_dim=HIDDEN_DIM)[0], dtype) for seed in range(3)]
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers)
     x = jnp.asarray(case((2, 5))[1], dtype)
@@ -70,21 +79,22 @@ def test_scan_remat_and_vmap_around_chunks(save, dtype, remat):
 def test_dropout_drops_the_same_elements(save):
     arrays, x, dy = case((7,), hidden_dim=HIDDEN_DIM)
     options = {"dropout_rate": 0.25, "dropout_key": jax.random.key(0), "save": save}
-    whole = run(arrays, x, dy, "float32", **options)
-    for a, b in zip(jax.tree.leaves(run(arrays, x, dy, "float32", chunk_size=2, **options)), jax.tree.leaves(whole)):
+    whole = run(arrays, x, dy, "float32", jit=True, **options)
+    chunked = run(arrays, x, dy, "float32", jit=True, chunk_size=2, **options)
+    for a, b in zip(jax.tree.leaves(chunked), jax.tree.leaves(whole)):
         assert relative_error(a, np.float64(b)) <= FLOAT32_BOUND
 
 
 def sizes(jaxpr):
-    """The number of elements of every array that a program makes, loops and branches included."""
+    """Yields the number of elements of every array that a program makes, in loops and branches too."""
     for equation in jaxpr.eqns:
         yield from (math.prod(variable.aval.shape) for variable in equation.outvars)
         for inner in jaxprs_in_params(equation.params):
             yield from sizes(inner)
 
 
-@pytest.mark.parametrize(("save", "kept"), [("input", 0), ("gate_up", 1)])
-def test_no_array_of_all_tokens_and_all_of_f(save, kept):
+@pytest.mark.parametrize(("save", "saved"), [("input", False), ("gate_up", True)])
+def test_no_array_of_all_tokens_and_all_of_f(save, saved):
     tokens, embed_dim, hidden_dim = 64, 8, 1024
     params = MLPParams.init(MLPConfig(embed_dim, hidden_dim), jax.random.key(0))
     x = jnp.ones((tokens, embed_dim))
@@ -96,7 +106,7 @@ def test_no_array_of_all_tokens_and_all_of_f(save, kept):
         return max(sizes(jax.make_jaxpr(jax.grad(loss))(params, x).jaxpr))
 
     assert largest(None) == tokens * hidden_dim
-    assert largest(8) == (tokens * hidden_dim if kept else embed_dim * hidden_dim)
+    assert largest(8) == (tokens * hidden_dim if saved else embed_dim * hidden_dim)
 
 
 @pytest.mark.parametrize(
@@ -112,7 +122,7 @@ def test_no_array_of_all_tokens_and_all_of_f(save, kept):
     ids=str,
 )
 def test_a_cpu_takes_many_tokens_in_chunks(dtype, batch, share):
-    """Of all [T, F] in memory the share that a chunk has, where no gradient follows, which would use them again."""
+    """Without a gradient only a chunk, `share` of [T, F], is in memory. With one, all of [T, F] is used again."""
     arrays, x, _ = case(batch, hidden_dim=HIDDEN_DIM)
     params, inputs = samples.mlp_params(arrays, dtype), jnp.asarray(x, dtype)
 
@@ -156,7 +166,7 @@ def test_a_config_passes_it_on():
 @pytest.mark.parametrize("chunk_size", [0, -1, 2.5, True, "2"])
 def test_a_wrong_chunk_size_is_explained(chunk_size):
     params = MLPParams.init(MLPConfig(8, 16), jax.random.key(0))
-    message = f"chunk_size is a whole number of at least 1. Received: {chunk_size!r}"
+    message = f"chunk_size must be a whole number of at least 1.*: {chunk_size!r}"
     with pytest.raises(ValueError, match=message):
         feed_forward(params, jnp.ones((5, 8)), chunk_size=chunk_size)
     with pytest.raises(ValueError, match=message):

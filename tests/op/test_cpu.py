@@ -1,6 +1,7 @@
-"""The products in every form, inside every transformation: the same numbers as in float64, rounded once."""
+"""The CPU's forms of a matmul, inside every transformation, have the error of rounding the exact result once."""
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -12,8 +13,9 @@ from gemma_mlp.op import xla
 from gemma_mlp.op.backend import Op
 from gemma_mlp.testing import samples
 from gemma_mlp.testing.oracle import relative_error
+from tests.support.vary import vary
 
-BOUNDS = {"float32": 1e-6, "bfloat16": 2**-8 / 3**0.5}  # of bfloat16: one rounding of the result
+BOUNDS = {"float32": 1e-6, "bfloat16": 2**-8 / 3**0.5}  # bfloat16's is one rounding of the result
 
 
 def case(*shape, seed=0):
@@ -25,10 +27,15 @@ def op(on_cpu):
     return Op(MLPConfig(24, 8), jnp.dtype("bfloat16"), on_cpu=on_cpu)
 
 
-@pytest.mark.parametrize("result", ["float32", "bfloat16"])
-@pytest.mark.parametrize("on_cpu", [False, True, None])  # None: known only once it is lowered
-@pytest.mark.parametrize("transpose", [False, True])
-@pytest.mark.parametrize("tokens", [(), (1,), (1, 1), (2,), (0,), (2, 3)], ids=str)
+TOKENS = ((), (1,), (1, 1), (2,), (0,), (2, 3))
+ON_CPU = (False, True, None)  # None: known only once it is lowered
+
+
+@vary(
+    "tokens transpose on_cpu result",
+    itertools.product(TOKENS, [False, True], ON_CPU, ["float32", "bfloat16"]),
+    together="tokens transpose on_cpu result",
+)
 def test_multiply(tokens, transpose, on_cpu, result):
     (a, a_bf16), (weight, weight_bf16) = case(*tokens, 24), case(*((8, 24) if transpose else (24, 8)), seed=1)
     matmul = functools.partial(xla.matmul, op(on_cpu), result, transpose=transpose)
@@ -37,10 +44,14 @@ def test_multiply(tokens, transpose, on_cpu, result):
     assert relative_error(got, a @ (weight.T if transpose else weight)) <= BOUNDS[result]
 
 
-@pytest.mark.parametrize("result", ["float32", "bfloat16"])
-@pytest.mark.parametrize("on_cpu", [False, True])
-@pytest.mark.parametrize("rows", [3, 8, 60])  # fewer than the blocks, as many, blocks with a tail
-@pytest.mark.parametrize("tokens", [(), (1,), (0,), (4, 3), (256,), (2, 150)], ids=str)
+ROWS = (3, 8, 60)  # fewer rows than blocks, as many rows as blocks, blocks of which the last is smaller
+
+
+@vary(
+    "tokens rows on_cpu result",
+    itertools.product([(), (1,), (0,), (4, 3), (256,), (2, 150)], ROWS, [False, True], ["float32", "bfloat16"]),
+    together="tokens rows on_cpu result",
+)
 def test_outer(tokens, rows, on_cpu, result):
     (a, a_bf16), (b, b_bf16) = case(*tokens, rows), case(*tokens, 16, seed=1)
     got = jax.jit(functools.partial(xla.outer, op(on_cpu), result=result))(a_bf16, b_bf16)
@@ -51,7 +62,7 @@ def test_outer(tokens, rows, on_cpu, result):
 @pytest.mark.parametrize("result", ["float32", "bfloat16"])
 @pytest.mark.parametrize("transform", ["vmap", "scan", "remat"])
 def test_outer_inside_a_transformation(transform, result):
-    """XLA's CPU backend has products that it compiles and cannot run when an operand comes out of a loop."""
+    """XLA's CPU backend compiles some matmuls that it then cannot run, when an operand comes out of a loop."""
     (a, a_bf16), (b, b_bf16) = case(3, 256, 60), case(3, 256, 16, seed=1)
     outer = functools.partial(xla.outer, op(on_cpu=True), result=result)
     function = {
@@ -64,7 +75,7 @@ def test_outer_inside_a_transformation(transform, result):
 
 
 def test_no_weights_gradient_is_whole_in_float32():
-    """Its sums are rounded block by block: at few tokens the time of a gradient is that of writing these."""
+    """The sums are rounded block by block. With few tokens a gradient takes as long as writing them does."""
     params = jax.tree.map(lambda a: a.astype("bfloat16"), MLPParams.init(MLPConfig(24, 40), jax.random.key(0)))
     gradients = jax.grad(lambda params, x: feed_forward(params, x).astype("float32").sum())
     program = str(jax.make_jaxpr(gradients)(params, jnp.ones((4, 24), "bfloat16")))

@@ -1,4 +1,7 @@
-"""The kernels for GPUs in Pallas's interpreter of them, against the float64 oracle; tests/aot has its real compiler."""
+"""The GPU kernels in Pallas's interpreter against the float64 oracle. tests/aot compiles them with the real compiler.
+
+By default one case of each kernel and save policy runs.
+"""
 
 import contextlib
 import functools
@@ -17,16 +20,17 @@ from gemma_mlp import ACTIVATIONS, MLPConfig, mlp_hidden
 from gemma_mlp.op import choose, gpu_kernels
 from gemma_mlp.testing import oracle, samples
 from gemma_mlp.testing.oracle import relative_error
-from tests.support import comparison
+from tests.support import cases
+from tests.support.vary import first_is_quick
 
 INTERNAL = "jax._src.pallas.mosaic_gpu.interpret"
 FLOOR_FACTOR = 1.02
-STEPS = 5 * gpu_kernels.BLOCK_D  # more of the sum than there are blocks in flight
-# The interpreter of JAX 0.10.2 raises where a copy passes the end of an array, and where a block is transposed, both of
-# which the hardware allows.
+STEPS = 5 * gpu_kernels.BLOCK_D  # the sum over D has more blocks than are in flight at a time
+# The interpreter of JAX 0.10.2 raises if a copy passes the end of an array, and if a block is transposed. The hardware
+# allows both.
 OLD_INTERPRETER = jax.__version_info__ < (0, 12)
 clips = pytest.mark.skipif(OLD_INTERPRETER, reason="this JAX's interpreter has no copies beyond the end")
-transposes = pytest.mark.skipif(OLD_INTERPRETER, reason="this JAX's interpreter has no products with transposed blocks")
+transposes = pytest.mark.skipif(OLD_INTERPRETER, reason="this JAX's interpreter has no matmuls of transposed blocks")
 
 
 @contextlib.contextmanager
@@ -55,7 +59,7 @@ def run(arrays, x, activation, keep, **options):
 
 
 def check(results, arrays, x, activation, columns=slice(None)):
-    """Every result as close to the exact one as rounding that once allows."""
+    """Every result has the error of rounding the exact one once."""
     gate, up, h = oracle.mlp(arrays, x, activation)[1]
     for result, exact in zip(results, (h, gate, up)):
         assert result.dtype == jnp.bfloat16 and result.shape == exact.shape
@@ -65,7 +69,7 @@ def check(results, arrays, x, activation, columns=slice(None)):
 
 
 def check_gradients(arrays, x, activation, columns=slice(None), **options):
-    """h and the gradients of gate and up, from what the kernel is given, as close as rounding once allows."""
+    """h and the gradients of gate and up have the error of rounding once what follows exactly from the inputs."""
     dy = samples.normal(np.random.default_rng(1), x.shape)
     gate, up, _ = oracle.mlp(arrays, x, activation)[1]
     dy, down_proj, gate, up = (oracle.bfloat16(a) for a in (dy, arrays["down_proj"], gate, up))
@@ -83,7 +87,7 @@ def check_gradients(arrays, x, activation, columns=slice(None), **options):
 
 
 def near_the_dip():
-    """A case whose first columns have gates near -2.7, where the two forms of GELU differ by a twentieth."""
+    """In the first columns the gates are near -2.7, where the two forms of GELU differ by a twentieth."""
     arrays, x = case(64)
     near = slice(None, 64)
     x[:, 0] = 1
@@ -92,7 +96,7 @@ def near_the_dip():
     return arrays, x, (near, slice(64, None))
 
 
-@pytest.mark.parametrize("activation", sorted(ACTIVATIONS))
+@pytest.mark.parametrize("activation", first_is_quick(ACTIVATIONS))
 def test_every_activation(activation):
     arrays, x, parts = near_the_dip()
     results = run(arrays, x, activation, keep=True)
@@ -101,43 +105,44 @@ def test_every_activation(activation):
 
 
 @transposes
-@pytest.mark.parametrize("activation", sorted(ACTIVATIONS))
+@pytest.mark.parametrize("activation", first_is_quick(ACTIVATIONS))
 def test_every_activations_gradients(activation):
     arrays, x, parts = near_the_dip()
     for columns in parts:
         check_gradients(arrays, x, activation, columns)
 
 
-@pytest.mark.parametrize("T", [64, 256])
+@pytest.mark.parametrize("T", first_is_quick([64, 256]))
 def test_no_warp_group_reads_what_another_writes(T):
-    """With more steps than blocks in flight, and more blocks of results than multiprocessors."""
+    """There are more steps than blocks in flight, and more blocks of results than multiprocessors."""
     arrays, x = case(T, STEPS, 3 * gpu_kernels.BLOCK_F)
     check(run(arrays, x, "gelu_tanh", keep=True, detect_races=True), arrays, x, "gelu_tanh")
     assert not importlib.import_module(f"{INTERNAL}.gpu_callbacks").get_races().races_found
 
 
 @transposes
-@pytest.mark.parametrize("T", [64, 256])
+@pytest.mark.parametrize("T", first_is_quick([64, 256]))
 def test_no_warp_group_of_the_gradients_reads_what_another_writes(T):
     check_gradients(*case(T, STEPS, 3 * gpu_kernels.BLOCK_F), "gelu_tanh", detect_races=True)
     assert not importlib.import_module(f"{INTERNAL}.gpu_callbacks").get_races().races_found
 
 
+@pytest.mark.slow
 def test_more_tokens_than_share_a_column_of_the_weights():
     arrays, x = case((gpu_kernels.GROUP + 1) * 128, F=2 * gpu_kernels.BLOCK_F)
     check(run(arrays, x, "gelu_tanh", keep=False), arrays, x, "gelu_tanh")
 
 
 @pytest.fixture
-def gpu(monkeypatch):
-    """Has the package see a GPU, whose kernels the interpreter runs."""
+def interpreted_gpu(monkeypatch):
+    """The package believes that it compiles for a GPU, and the interpreter runs the kernels."""
     monkeypatch.setattr(choose, "target_device", lambda: SimpleNamespace(platform="gpu"))
     with interpreted():
         yield
 
 
-@pytest.mark.parametrize("param_dtype", ["bfloat16", "float32"])
-def test_hidden_activations(param_dtype, gpu):
+@pytest.mark.parametrize("param_dtype", first_is_quick(["bfloat16", "float32"]))
+def test_hidden_activations(param_dtype, interpreted_gpu):
     arrays, x = case(64)
     config = MLPConfig(gpu_kernels.BLOCK_D, gpu_kernels.BLOCK_F, dtype="bfloat16", implementation="pallas")
     params = samples.mlp_params(arrays, param_dtype)
@@ -145,17 +150,18 @@ def test_hidden_activations(param_dtype, gpu):
 
 
 @pytest.mark.parametrize("save", ["input", pytest.param("gate_up", marks=transposes)])
-def test_the_feed_forward_around_them(save, gpu):
+def test_the_feed_forward_around_them(save, interpreted_gpu):
     rng = np.random.default_rng(0)
     arrays = samples.mlp_arrays(rng, gpu_kernels.BLOCK_D, 2 * gpu_kernels.BLOCK_F, use_bias=False)
     x, dy = (samples.normal(rng, (2, 32, gpu_kernels.BLOCK_D)) for _ in range(2))
-    exact = comparison.exact_result(arrays, x, dy, "gelu_tanh")
-    result = comparison.run(arrays, x, dy, "bfloat16", jit=True, save=save, implementation="pallas")
-    floor = comparison.floor_errors(arrays, x, dy, "gelu_tanh", exact, save)
-    for name, error in comparison.errors(result, exact).items():
+    exact = cases.exact_result(arrays, x, dy, "gelu_tanh")
+    result = cases.run(arrays, x, dy, "bfloat16", jit=True, save=save, implementation="pallas")
+    floor = cases.floor_errors(arrays, x, dy, "gelu_tanh", exact, save)
+    for name, error in cases.errors(result, exact).items():
         assert error <= FLOOR_FACTOR * floor[name], name
 
 
+@pytest.mark.slow
 @transposes
 def test_a_batch_of_them():
     rng = np.random.default_rng(0)
@@ -170,7 +176,7 @@ def test_a_batch_of_them():
 
 
 @clips
-@pytest.mark.parametrize("T", [1, 7, 16, 63, 65, 100, 130, 264])
+@pytest.mark.parametrize("T", first_is_quick([65, 1, 7, 16, 63, 100, 130, 264]))
 def test_any_number_of_tokens(T):
     arrays, x = case(T)
     check(run(arrays, x, "gelu_tanh", keep=True), arrays, x, "gelu_tanh")

@@ -1,8 +1,12 @@
-"""The kernels for TPUs in Pallas's interpreter of them, which looks for races; tests/aot has their real compiler."""
+"""The TPU kernels in Pallas's interpreter, which also looks for races. tests/aot compiles them with the real compiler.
+
+By default one case of each kernel and save policy runs, and a few that vary shapes, chips and dtypes.
+"""
 
 import dataclasses
 import functools
 import importlib
+import itertools
 from types import SimpleNamespace
 
 import jax
@@ -16,8 +20,9 @@ from gemma_mlp import PRESETS, MLPConfig, MLPParams, feed_forward, mlp, mlp_hidd
 from gemma_mlp.op import choose, tpu_backward, tpu_blocks, tpu_forward
 from gemma_mlp.testing import oracle, samples
 from gemma_mlp.testing.oracle import relative_error
-from tests.support.comparison import FLOAT32_BOUND, errors, exact_result, floor_errors, run
-from tests.test_sharding import RULES, make_mesh, spread
+from tests.support.cases import FLOAT32_BOUND, errors, exact_result, floor_errors, run
+from tests.support.meshes import RULES, make_mesh, spread
+from tests.support.vary import first_is_quick, vary
 
 V5E, V5P, V6E = pltpu.ChipVersion.TPU_V5E, pltpu.ChipVersion.TPU_V5P, pltpu.ChipVersion.TPU_V6E
 EMBED_DIM, HIDDEN_DIM = 128, 512
@@ -25,7 +30,7 @@ FLOOR_FACTOR = 1.02
 
 
 def small_blocks(monkeypatch, version=V5E, cores=1):
-    """Has kernels see a TPU, and take small blocks, so that a small case has several of each kind."""
+    """The package believes that it compiles for a TPU, and takes small blocks, so that a small case has several."""
     info = pltpu.get_tpu_info_for_chip(version, cores)
     monkeypatch.setattr(pltpu, "get_tpu_info", lambda: info)
     monkeypatch.setattr(choose, "target_device", lambda: SimpleNamespace(platform="tpu"))
@@ -37,7 +42,7 @@ def small_blocks(monkeypatch, version=V5E, cores=1):
 
 
 def without_aliases_of_tails(pallas_call, *args, **options):
-    """The interpreter fails where a last block that is not full is of an array in place of another."""
+    """The interpreter fails if an output that overwrites an input has a last block that is not full."""
 
     def is_full(i):
         return options["out_shape"][i].shape[0] % options["out_specs"][i].block_shape[0] == 0
@@ -47,7 +52,11 @@ def without_aliases_of_tails(pallas_call, *args, **options):
     return pallas_call(*args, input_output_aliases=aliases, **options)
 
 
-@pytest.fixture(params=[(V5E, 1)], ids=str)
+def chip_id(chip):
+    return f"{chip[0].name}-{chip[1]}"
+
+
+@pytest.fixture(params=[(V5E, 1)], ids=chip_id)
 def chip(request, monkeypatch):
     version, cores = request.param
     small_blocks(monkeypatch, version, cores)
@@ -62,7 +71,7 @@ def chip(request, monkeypatch):
 
 @pytest.fixture
 def simple_chip(monkeypatch):
-    """Pallas's other interpreter, of XLA's own operations: it knows no races, but runs under every transformation."""
+    """Pallas's other interpreter makes XLA operations. It finds no races, but runs under every transformation."""
     small_blocks(monkeypatch)
     monkeypatch.setattr(pl, "pallas_call", functools.partial(pl.pallas_call, interpret=True))
     yield
@@ -75,9 +84,12 @@ def case(batch, embed_dim=EMBED_DIM, hidden_dim=HIDDEN_DIM):
     return arrays, *(samples.normal(rng, (*batch, embed_dim)) for _ in range(2))
 
 
-@pytest.mark.parametrize("chip", [(V5E, 1), (V5P, 2)], indirect=True, ids=str)
-@pytest.mark.parametrize("save", ["input", "gate_up"])
-@pytest.mark.parametrize("batch", [(), (16,), (40,), (2, 65)], ids=str)
+@vary(
+    "batch save chip",
+    itertools.product([(), (16,), (40,), (2, 65)], ["input", "gate_up"], [(V5E, 1), (V5P, 2)]),
+    together="save chip",
+    indirect=["chip"],
+)
 def test_bfloat16_is_at_the_floor(batch, save, chip):
     arrays, x, dy = case(batch)
     exact = exact_result(arrays, x, dy, "gelu_tanh")
@@ -88,18 +100,20 @@ def test_bfloat16_is_at_the_floor(batch, save, chip):
         assert error <= FLOOR_FACTOR * floor[name], name
 
 
-@pytest.mark.parametrize("activation", ["gelu_tanh", "silu", "relu", "sigmoid", "identity"])
-@pytest.mark.parametrize("save", ["input", "gate_up"])
-def test_float32_equals_the_oracle(save, activation, chip):
+@vary(
+    "activation save",
+    itertools.product(["gelu_tanh", "silu", "relu", "sigmoid", "identity"], ["input", "gate_up"]),
+)
+def test_float32_equals_the_oracle(activation, save, chip):
     arrays, x, dy = case((70,))
     result = run(arrays, x, dy, "float32", jit=True, activation=activation, save=save, implementation="pallas")
     for name, error in errors(result, exact_result(arrays, x, dy, activation)).items():
         assert error <= FLOAT32_BOUND, name
 
 
-@pytest.mark.parametrize("save", ["input", "gate_up"])
+@pytest.mark.parametrize("save", first_is_quick(["input", "gate_up"]))
 def test_float32_weights_in_bfloat16(save, chip):
-    """The weights are rounded as they arrive; what is rounded last is their gradients, to float32."""
+    """The kernel rounds the weights as it reads them, and stores their gradients in float32."""
     arrays, x, dy = case((70,))
     options = {"param_dtype": "float32", "dtype": "bfloat16", "save": save, "implementation": "pallas"}
     result = run(arrays, x, dy, "bfloat16", jit=True, **options)
@@ -110,13 +124,13 @@ def test_float32_weights_in_bfloat16(save, chip):
         assert error <= FLOOR_FACTOR * floor[name], name
 
 
-@pytest.mark.parametrize("chip", [(V5E, 1), (V5P, 2)], indirect=True, ids=str)
-@pytest.mark.parametrize(
-    ("dtype", "param_dtype"), [("bfloat16", "bfloat16"), ("bfloat16", "float32"), ("float32", "float32")]
-)
-@pytest.mark.parametrize("batch", [(), (40,), (2, 65)], ids=str)
-def test_hidden_activations(batch, dtype, param_dtype, chip):
-    """Of float32 gate and up: in bfloat16 the error is that of rounding h alone."""
+DTYPES = [("bfloat16", "bfloat16"), ("bfloat16", "float32"), ("float32", "float32")]
+
+
+@vary("batch dtypes chip", itertools.product([(), (40,), (2, 65)], DTYPES, [(V5E, 1), (V5P, 2)]), indirect=["chip"])
+def test_hidden_activations(batch, dtypes, chip):
+    """Gate and up stay in float32, so that in bfloat16 the error is that of rounding h alone."""
+    dtype, param_dtype = dtypes
     arrays, x, _ = case(batch)
     config = MLPConfig(EMBED_DIM, HIDDEN_DIM, dtype=dtype, implementation="pallas")
     apply = functools.partial(mlp_hidden, config=config)
@@ -153,7 +167,7 @@ def test_chunks_change_nothing(save, chip):
     assert program(24) == program(None)
 
 
-@pytest.mark.parametrize("save", ["input", "gate_up"])
+@pytest.mark.parametrize("save", first_is_quick(["input", "gate_up"]))
 def test_a_rematerialised_scan_is_that_of_xla(save, simple_chip):
     config = MLPConfig(EMBED_DIM, HIDDEN_DIM, save=save)
     params = jax.vmap(lambda key: MLPParams.init(config, key))(jax.random.split(jax.random.key(0), 2))
@@ -169,7 +183,7 @@ def test_a_rematerialised_scan_is_that_of_xla(save, simple_chip):
         assert relative_error(leaf, np.asarray(expected, np.float64)) <= 3 * FLOAT32_BOUND  # through two layers
 
 
-WITHOUT_PARTS_OF_F = (
+UNSHARDED_F = (
     ("batch", ("data", "fsdp", "tensor")),
     ("length", None),
     ("embed", ("fsdp", "tensor")),
@@ -177,13 +191,18 @@ WITHOUT_PARTS_OF_F = (
 )
 
 
-@pytest.mark.parametrize(
-    ("data", "fsdp", "tensor", "rules", "save"),
-    [(1, 4, 2, rules, "input") for rules in (*RULES.values(), WITHOUT_PARTS_OF_F)]
-    + [(2, 2, 2, RULES["sequence"], save) for save in ("input", "gate_up")],
-    ids=[*RULES, "data", "replicas", "replicas-gate_up"],
-)
-def test_a_mesh_changes_no_number(data, fsdp, tensor, rules, save, simple_chip, eight_devices):
+ON_MESHES = {  # data, fsdp, tensor, rules, save
+    "replicas": (2, 2, 2, RULES["sequence"], "input"),
+    "replicas and saved arrays": (2, 2, 2, RULES["sequence"], "gate_up"),
+    "sequence": (1, 4, 2, RULES["sequence"], "input"),
+    "tensor": (1, 4, 2, RULES["tensor"], "input"),
+    "data alone": (1, 4, 2, UNSHARDED_F, "input"),
+}
+
+
+@pytest.mark.parametrize("name", first_is_quick(ON_MESHES))
+def test_a_mesh_changes_no_number(name, simple_chip, eight_devices):
+    data, fsdp, tensor, rules, save = ON_MESHES[name]
     arrays, x, dy = case((8, 16), hidden_dim=1024)
     mesh = make_mesh(fsdp, tensor, data=data)
     specs = MLPParams.specs(MLPConfig(EMBED_DIM, 1024))
@@ -218,7 +237,7 @@ def test_no_tokens(chip):
 
 
 def blocks_of(monkeypatch, module, version, cores, preset, tokens):
-    """What the kernel of `module` chooses for bfloat16."""
+    """The blocks that the kernel of `module` chooses for bfloat16."""
     chosen, choose = [], tpu_blocks.choose_blocks
     info = pltpu.get_tpu_info_for_chip(version, cores)
     monkeypatch.setattr(pltpu, "get_tpu_info", lambda: info)
@@ -245,7 +264,7 @@ def blocks_of(monkeypatch, module, version, cores, preset, tokens):
     ],
 )
 def test_blocks_fill_the_chips_memory(version, cores, preset, tokens, forward, backward, monkeypatch):
-    """(tokens, F, rows at a time)."""
+    """Blocks are (tokens, F, rows that are computed at a time)."""
     for module, expected in ((tpu_forward, forward), (tpu_backward, backward)):
         assert blocks_of(monkeypatch, module, version, cores, preset, tokens) == expected
 
@@ -257,22 +276,22 @@ def test_blocks_fill_the_chips_memory(version, cores, preset, tokens, forward, b
         ({"activation": "gelu"}, "needs an activation that its kernels have"),
         ({"dropout_rate": 0.5, "dropout_key": jax.random.key(0)}, "has no dropout"),
         ({"use_bias": True}, "has no biases"),
-        ({"embed_dim": 64}, "multiples of 128. Got: 64 and 512"),
-        ({"hidden_dim": 64}, "multiples of 128. Got: 128 and 64"),
+        ({"embed_dim": 64}, "multiples of 128.*: 64 and 512"),
+        ({"hidden_dim": 64}, "multiples of 128.*: 128 and 64"),
     ],
-    ids=str,
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else None,
 )
 def test_what_it_does_not_serve(options, message, chip):
     config = {"embed_dim": EMBED_DIM, "hidden_dim": HIDDEN_DIM, "use_bias": False}
     config |= {name: options[name] for name in config if name in options}
-    params = MLPParams.init(MLPConfig(**config), jax.random.key(0))
+    params = samples.mlp_params(samples.mlp_arrays(np.random.default_rng(0), **config), "float32")
     others = {name: value for name, value in options.items() if name not in config}
     with pytest.raises(ValueError, match=message):
         feed_forward(params, jnp.zeros((3, config["embed_dim"])), implementation="pallas", **others)
 
 
 def test_a_mesh_needs_rules(chip, eight_devices):
-    params = MLPParams.init(MLPConfig(EMBED_DIM, HIDDEN_DIM), jax.random.key(0))
+    params = samples.mlp_params(case(())[0], "float32")
     with jax.set_mesh(make_mesh(4, 2)), pytest.raises(ValueError, match="needs axis_rules on a mesh"):
         feed_forward(params, jnp.zeros((8, EMBED_DIM)), implementation="pallas")
 
@@ -280,15 +299,13 @@ def test_a_mesh_needs_rules(chip, eight_devices):
 def test_an_embed_dim_that_vmem_cannot_hold(chip):
     params = jax.eval_shape(lambda: MLPParams.init(MLPConfig(2**16, 128), jax.random.key(0)))
     x = jax.ShapeDtypeStruct((1, 2**16), "float32")
-    with pytest.raises(
-        ValueError, match=r"must fit into VMEM, which has 125829120 bytes\. Got: an embed_dim"
-    ):
+    with pytest.raises(ValueError, match=r"must fit into VMEM, which has 125829120 bytes.*: an embed_dim"):
         jax.eval_shape(functools.partial(feed_forward, implementation="pallas"), params, x)
 
 
 def test_a_cpu_has_no_kernels():
-    params = MLPParams.init(MLPConfig(EMBED_DIM, HIDDEN_DIM), jax.random.key(0))
-    with pytest.raises(ValueError, match=r"needs a TPU or an NVIDIA GPU\. Got: a program for cpu"):
+    params = samples.mlp_params(case(())[0], "float32")
+    with pytest.raises(ValueError, match=r"needs a TPU or an NVIDIA GPU.*: a program for cpu"):
         feed_forward(params, jnp.zeros((3, EMBED_DIM)), implementation="pallas")
     with pytest.raises(ValueError, match="implementation must be one of xla, pallas"):
         MLPConfig(8, 16, implementation="triton")  # pyright: ignore[reportArgumentType]

@@ -1,18 +1,20 @@
-"""What the comparison measures on the way, against oracles: gradient flow, fit, curvature."""
+"""The measures of compare_activations.py against oracles: gradient flow, fit, curvature."""
+
+import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from byte_decoder.language_model import pure_functions
 from compare_activations import contestants, curvature, expressiveness, gradient_flow
 from compare_activations.ensembles import Member
 from flax import nnx
-from train_toy.language_model import pure_functions
 
 import gemma_mlp
 from tests.support.configs import get_config
 
-pytestmark = [pytest.mark.promotes, pytest.mark.slow]
+pytestmark = pytest.mark.promotes
 
 
 class TestGradientFlow:
@@ -24,7 +26,10 @@ class TestGradientFlow:
         windows = jax.random.randint(jax.random.key(1), (2, 6), 0, 256)
         config = contestants.mlp_config("geglu_tanh", dim, 16)
 
+        @functools.partial(jax.jit, static_argnums=1)
+        @functools.partial(jax.value_and_grad, has_aux=True)
         def loss_after(x, first):
+            streams = [x]
             for i in range(first, depth):
                 layer = jax.tree.map(lambda leaf, i=i: leaf[i], params["layers"])
                 norms = (gemma_mlp.RMSNormParams(**layer[name]) for name in ("pre_norm", "post_norm"))
@@ -34,20 +39,16 @@ class TestGradientFlow:
                 streams.append(x)
             scaled = x / jnp.sqrt(jnp.mean(x**2, axis=-1, keepdims=True) + 1e-6)
             log_p = jax.nn.log_softmax(scaled @ params["embed"].T)
-            return -jnp.take_along_axis(log_p, windows[:, 1:, None], axis=-1).mean()
+            return -jnp.take_along_axis(log_p, windows[:, 1:, None], axis=-1).mean(), streams
 
-        streams = []
         start = params["embed"][windows[:, :-1]] * dim**0.5
-        loss, whole = jax.value_and_grad(lambda x: loss_after(x, 0))(start)
-        flow = gradient_flow.make_flow(forward, depth, dim)(params, windows)
+        (loss, streams), whole = loss_after(start, 0)
+        flow = jax.jit(gradient_flow.make_flow(forward, depth, dim))(params, windows)
         assert flow["loss"] == pytest.approx(float(loss), rel=1e-5)
         assert flow["gradients"].shape == flow["activations"].shape == (depth + 1,)
         assert flow["gradients"][0] == pytest.approx(float(gradient_flow.rms(whole)), rel=1e-4)
-        streams.clear()
-        loss_after(start, 0)
-        expected = [gradient_flow.rms(x) for x in (start, *streams)]
-        np.testing.assert_allclose(flow["activations"], expected, rtol=1e-4)
-        middle = jax.grad(lambda x: loss_after(x, depth - 1))(streams[depth - 2])
+        np.testing.assert_allclose(flow["activations"], [gradient_flow.rms(x) for x in streams], rtol=1e-4)
+        _, middle = loss_after(streams[depth - 1], depth - 1)
         assert flow["gradients"][depth - 1] == pytest.approx(float(gradient_flow.rms(middle)), rel=1e-4)
 
     def test_decades_are_of_the_first_layer_over_the_last(self):
@@ -74,14 +75,18 @@ class TestExpressiveness:
             assert not np.array_equal(x, batch(0, 2)[0]) and not np.array_equal(x, batch(1, 1)[0])
             assert not np.array_equal(x, batch(0, 0)[0][:32])
 
-    def test_a_gate_fits_a_product_and_the_score_is_of_test_points(self):
+    @pytest.mark.slow
+    def test_a_gate_fits_a_product(self):
         ours = get_config("compare_activations", "smoke").expressiveness
         ours.update(steps=300, batch_size=64)
         members = [Member(0, 3e-2), Member(1, 3e-2)]
         bilinear, relu = (expressiveness.make_fit(ours, name, "a b")(members) for name in ("bilinear", "relu"))
         assert max(bilinear) < min(relu) - 1 and max(relu) < -0.3
-        ours.steps = 1  # of which the learning rate is 0
-        untrained = expressiveness.make_fit(ours, "bilinear", "|a|")(members)
+
+    def test_the_score_is_measured_on_test_points(self):
+        ours = get_config("compare_activations", "smoke").expressiveness
+        ours.update(steps=1, batch_size=64)
+        untrained = expressiveness.make_fit(ours, "bilinear", "|a|")([Member(0, 0.0), Member(1, 0.0)])
         # y has mean square 1 and variance 1 - 2 / pi, an untrained output mean square about 1.
         assert np.mean(untrained) == pytest.approx(np.log10(2 / (1 - 2 / np.pi)), abs=0.2)
 
@@ -104,7 +109,7 @@ class TestCurvature:
             return jnp.mean(jnp.square(apply(params, x) - x))
 
         before, after = init(jax.random.key(2)), init(jax.random.key(3))
-        measured = curvature.curvature(loss, before, after, x, iterations=36)
+        measured = jax.jit(functools.partial(curvature.curvature, loss, iterations=36))(before, after, x)
         flat, unravel = jax.flatten_util.ravel_pytree(after)
         old = jax.flatten_util.ravel_pytree(before)[0]
 
@@ -113,7 +118,7 @@ class TestCurvature:
             h = jax.nn.silu(x @ params["gate_proj"]) * (x @ params["up_proj"])
             return jnp.mean(jnp.square(h @ params["down_proj"] - x))
 
-        largest = np.linalg.eigvalsh(np.float64(jax.hessian(of_flat)(flat)))[-1]
+        largest = np.linalg.eigvalsh(np.float64(jax.jit(jax.hessian(of_flat))(flat)))[-1]
         assert measured["eigenvalue"] == pytest.approx(largest, rel=1e-3)
         gradients = jax.grad(of_flat)(flat) - jax.grad(of_flat)(old)
         assert measured["change"] == pytest.approx(

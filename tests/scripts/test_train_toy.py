@@ -1,11 +1,10 @@
-"""The training script: it learns, it continues exactly, it refuses what would lose or mix runs."""
+"""train_toy.py: it learns, it continues exactly, and it refuses to mix runs."""
 
 import json
 import os
 import signal
 import struct
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -13,78 +12,50 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from byte_decoder import data, language_model
 from tensorboardX.proto import event_pb2
-from train_toy import data, language_model, records, yardsticks
-from train_toy.run_config import RunConfig
-from train_toy.training import train
+from train_toy import checkpoints, run, yardsticks
+from train_toy.run import train
 
-from tests.support.configs import get_config
+from tests.support.toy import COMMAND, SMALL, config, flags, metrics
 
 pytestmark = pytest.mark.promotes
 
-ROOT = Path(__file__).parents[2]
-SMALL = {
-    "embed_dim": 16,
-    "hidden_dim": 32,
-    "num_layers": 2,
-    "num_heads": 2,
-    "seq_len": 16,
-    "batch_size": 4,
-    "steps": 12,
-    "log_every": 2,
-    "eval_every": 6,
-    "checkpoint_every": 4,
-    "sample_bytes": 8,
-}
+
+def final_params(workdir):
+    with checkpoints.open_manager(Path(workdir).resolve()) as manager:
+        return jax.tree.leaves(manager.restore(manager.latest_step()))
 
 
-def config(workdir, text, **overrides):
-    values = get_config("train_toy")
-    values.update(SMALL | {"workdir": str(workdir), "data": str(text)} | overrides)
-    return RunConfig(**values)
+def test_a_run_learns_and_leaves_its_records(finished):
+    workdir, summary = finished
+    check_records(workdir, summary, SMALL["steps"], SMALL["eval_every"])
+    first, *_, last = (record["train_bits_per_byte"] for record in metrics(workdir) if "train_bits_per_byte" in record)
+    assert first > 8 and last < 7  # a guess among 256 bytes costs 8 bits
+    assert summary["heldout_bits_per_byte"] < 7
 
 
-@pytest.fixture(scope="module")
-def text(tmp_path_factory):
-    path = tmp_path_factory.mktemp("text") / "text.txt"
-    path.write_bytes(data.python_documentation()[:20_000])
-    return path
-
-
-@pytest.fixture(scope="module")
-def finished(text, tmp_path_factory):
-    """The folder and the summary of a finished run."""
-    workdir = tmp_path_factory.mktemp("finished")
-    return workdir, train(config(workdir, text))
-
-
-def metrics(workdir):
-    return records.read_metrics(Path(workdir) / "metrics.jsonl")
-
-
-def final_params(workdir, step):
-    import orbax.checkpoint as ocp
-
-    with ocp.CheckpointManager(Path(workdir) / "checkpoints") as checkpoints:
-        restored = checkpoints.restore(step, args=ocp.args.StandardRestore())
-    return jax.tree.leaves(restored)
-
-
+@pytest.mark.slow
 @pytest.mark.parametrize("api", ["nnx", "linen"])
-def test_a_run_learns_and_leaves_its_records(api, text, tmp_path):
-    summary = train(
-        config(tmp_path, text, api=api, steps=300, learning_rate=1e-2, eval_every=100, checkpoint_every=300)
-    )
-    # Two layers of width 16 learn more than byte frequencies from the 19,200 bytes they see.
+def test_a_longer_run_learns_more_than_byte_frequencies(api, text, tmp_path):
+    options = {"batch_size": 4, "steps": 300, "learning_rate": 1e-2, "eval_every": 100, "checkpoint_every": 300}
+    summary = train(config(tmp_path, text, api=api, **options))
+    # Two layers of width 16 learn this from the 19,200 bytes they see.
     assert summary["heldout_bits_per_byte"] < summary["unigram_bits_per_byte"] - 0.3
-    assert json.loads((tmp_path / "summary.json").read_text()) == summary
-    assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
+    check_records(tmp_path, summary, 300, 100)
+
+
+def check_records(workdir, summary, steps, eval_every):
+    """The run left a summary, a figure, a sample, and every loss both as a JSON line and as a TensorBoard event."""
+    assert json.loads((workdir / "summary.json").read_text()) == summary
+    assert (workdir / "loss.png").read_bytes().startswith(b"\x89PNG")
     assert summary["sample"].count("|") >= 1
-    history = metrics(tmp_path)
-    assert [record["step"] for record in history if "train_bits_per_byte" in record] == list(range(1, 301))
-    assert [record["step"] for record in history if "heldout_bits_per_byte" in record] == [100, 200, 300]
+    history = metrics(workdir)
+    assert [record["step"] for record in history if "train_bits_per_byte" in record] == list(range(1, steps + 1))
+    evaluated = [record["step"] for record in history if "heldout_bits_per_byte" in record]
+    assert evaluated == list(range(eval_every, steps + 1, eval_every))
     assert history[-1]["heldout_bits_per_byte"] == summary["heldout_bits_per_byte"]
-    assert tensorboard_scalars(tmp_path) == {
+    assert tensorboard_scalars(workdir) == {
         (record["step"], name): np.float32(value)
         for record in history
         for name, value in record.items()
@@ -115,7 +86,7 @@ def test_both_shells_have_one_tree_and_give_the_same_logits():
     shapes = jax.eval_shape(models["linen"].init, jax.random.key(0))
     assert jax.tree.map(lambda leaf: leaf.shape, params) == jax.tree.map(lambda leaf: leaf.shape, shapes)
     np.testing.assert_array_equal(models["nnx"].logits(params, tokens), models["linen"].logits(params, tokens))
-    with pytest.raises(ValueError, match=r"config.api is nnx or linen\. Received: 'haiku'"):
+    with pytest.raises(ValueError, match=r"config.api must be nnx or linen\. .*'haiku'"):
         language_model.make("haiku", *sizes)
 
 
@@ -127,12 +98,31 @@ def test_the_model_is_causal():
     assert same[:9].all() and not same[9:].any()
 
 
+def test_interrupted_and_continued_gives_exactly_the_numbers_of_an_uninterrupted_run(
+    text, finished, tmp_path, monkeypatch
+):
+    whole, summary = finished
+
+    def interrupt(step, loss):
+        if step == 15:
+            raise KeyboardInterrupt
+        return bits(step, loss)
+
+    bits = run.bits
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(run, "bits", interrupt)
+        train(config(tmp_path, text))
+    assert not (tmp_path / "summary.json").exists()
+    continued = train(config(tmp_path, text))
+    assert continued["continued_from_step"] == 10
+    check_same_runs(whole, summary, tmp_path, continued)
+
+
 @pytest.mark.slow
 def test_killed_and_continued_gives_exactly_the_numbers_of_an_uninterrupted_run(text, tmp_path):
     steps = 400
-    flags = {**SMALL, "steps": steps, "checkpoint_every": 20, "data": text}
-    command = [sys.executable, str(ROOT / "scripts" / "train_toy.py")]
-    command += [f"--config.{name}={value}" for name, value in flags.items()]
+    settings = SMALL | {"batch_size": 4, "steps": steps, "eval_every": 6, "checkpoint_every": 20, "data": text}
+    command = COMMAND + flags(**settings)
 
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     subprocess.run([*command, f"--config.workdir={whole}"], check=True, capture_output=True)
@@ -150,9 +140,13 @@ def test_killed_and_continued_gives_exactly_the_numbers_of_an_uninterrupted_run(
     assert "Continuing from the checkpoint of step" in continued.stdout
     summaries = [json.loads((run / "summary.json").read_text()) for run in (whole, cut)]
     assert summaries[0]["continued_from_step"] == 0 and 20 <= summaries[1]["continued_from_step"] < steps
-    assert summaries[0]["sample"] == summaries[1]["sample"]
-    assert metrics(whole) == metrics(cut)
-    for a, b in zip(final_params(whole, steps), final_params(cut, steps)):
+    check_same_runs(whole, summaries[0], cut, summaries[1])
+
+
+def check_same_runs(workdir, summary, other, other_summary):
+    assert summary["sample"] == other_summary["sample"]
+    assert metrics(workdir) == metrics(other)
+    for a, b in zip(final_params(workdir), final_params(other), strict=True):
         np.testing.assert_array_equal(a, b)
 
 
@@ -177,36 +171,42 @@ def test_a_folder_of_another_run_is_refused_and_left_alone(text, finished, tmp_p
     assert metrics(workdir) == before
 
 
-@pytest.mark.slow
-def test_a_loss_that_is_not_finite_ends_the_run_without_a_checkpoint(text, tmp_path):
-    with pytest.raises(FloatingPointError, match=r"Received: nan at step .* Fix: lower config.learning_rate"):
-        train(config(tmp_path / "plain", text, learning_rate=1e30))
-    assert not list((tmp_path / "plain" / "checkpoints").glob("[0-9]*"))
-    with pytest.raises(AssertionError, match="non-finite"):
-        train(config(tmp_path / "checked", text, learning_rate=1e30, check_values=True))
+def test_a_loss_that_is_not_finite_is_explained():
+    message = r"must be a finite number. Got: nan at step 3. Fix: lower config.learning_rate.*check_values=True"
+    with pytest.raises(FloatingPointError, match=message):
+        run.bits(3, jnp.float32(jnp.nan))
 
 
 @pytest.mark.slow
-def test_the_way_out_of_a_bad_loss_works_in_the_same_folder(text, tmp_path):
-    """The error says to pass --config.check_values=True; that must not count as another run."""
-    with pytest.raises(FloatingPointError, match=r"check_values=True"):
+def test_a_loss_that_is_not_finite_ends_the_run_without_a_checkpoint_and_the_way_out_works_in_its_folder(
+    text, tmp_path
+):
+    """The error says to pass --config.check_values=True. That must not count as another run."""
+    with pytest.raises(FloatingPointError, match=r"Got: nan at step .* Fix: lower .*check_values=True"):
         train(config(tmp_path, text, learning_rate=1e30))
+    assert not list((tmp_path / "checkpoints").glob("[0-9]*"))
     with pytest.raises(AssertionError, match="non-finite"):
         train(config(tmp_path, text, learning_rate=1e30, check_values=True))
 
 
+@pytest.mark.slow
 def test_value_checks_change_nothing_but_cost(text, finished, tmp_path):
     checked = train(config(tmp_path, text, check_values=True))
     assert checked["heldout_bits_per_byte"] == pytest.approx(finished[1]["heldout_bits_per_byte"], rel=1e-5)
 
 
+def test_unknown_arguments_are_refused():
+    done = subprocess.run([*COMMAND, "runs/mine"], capture_output=True, text=True)
+    assert done.returncode != 0 and "Unknown arguments: ['runs/mine']" in done.stdout + done.stderr
+
+
 @pytest.mark.parametrize(
     ("field", "value", "message"),
     [
-        ("steps", 0, r"config.steps is at least 1. Received: 0. Fix: pass --config.steps=VALUE"),
-        ("batch_size", -1, "config.batch_size is at least 1"),
-        ("heldout_fraction", 1.0, r"in \[0, 1\)"),
-        ("embed_dim", 18, r"config.embed_dim is a multiple of 2 \* num_heads"),
+        ("steps", 0, r"config.steps must be at least 1. .*: 0. Fix: pass --config.steps=VALUE"),
+        ("batch_size", -1, "config.batch_size must be at least 1"),
+        ("heldout_fraction", 1.0, r"must be in \[0, 1\)"),
+        ("embed_dim", 18, r"config.embed_dim must be a multiple of 2 \* num_heads"),
     ],
 )
 def test_wrong_run_values_raise(field, value, message):
@@ -229,12 +229,12 @@ class TestData:
         assert len(data.load_corpus(str(text), 0.5, 100).heldout) == 100
 
     def test_errors(self, tmp_path):
-        with pytest.raises(FileNotFoundError, match=r"config.data is a file or a folder"):
+        with pytest.raises(FileNotFoundError, match=r"config.data must be a file or a folder"):
             data.load_corpus(str(tmp_path / "absent"), 0.1, 10)
         (tmp_path / "empty").write_bytes(b"")
         with pytest.raises(ValueError, match="0 bytes"):
             data.load_corpus(str(tmp_path / "empty"), 0.1, 10)
-        with pytest.raises(ValueError, match="longer than one window"):
+        with pytest.raises(ValueError, match="must be longer than one window"):
             data.training_batches(np.zeros(16, np.uint8), 16, 1, 0)
 
     def test_python_documentation_is_prose_without_repeated_paragraphs(self):

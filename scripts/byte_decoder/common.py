@@ -1,14 +1,13 @@
-"""What the NNX and the Linen model share: the vocabulary, the parts of it that are not gemma_mlp's own and how they
-are split over a mesh, and the `attention_fn` of Flax's attention modules."""
+"""What the NNX and the Linen decoder share: vocabulary, initialisers, logical axes, and causal attention."""
 
 import jax
 import jax.numpy as jnp
 
-VOCABULARY = 256  # one token per byte
+VOCABULARY = 256  # one token for each value of a byte
 
-# Logical axes of the attention's weights and of the embedding.
-PROJECTION_AXES = ("embed", "heads", None)  # [D, N, H], of query, key and value
-OUT_AXES = ("heads", None, "embed")
+# Logical axes of the weights that are not gemma_mlp's. Placement.rules maps them to mesh axes.
+PROJECTION_AXES = ("embed", "heads", None)  # query, key and value: [D, N, H]
+OUT_AXES = ("heads", None, "embed")  # [N, H, D]
 EMBEDDING_AXES = ("vocabulary", "embed")
 
 weight_init = jax.nn.initializers.lecun_normal()
@@ -16,7 +15,10 @@ embedding_init = jax.nn.initializers.variance_scaling(1.0, "fan_in", "normal", o
 
 
 def causal_attention(query_BTNH, key_BTNH, value_BTNH, **_):
-    """softmax(q k^T / sqrt(H)) v over the past, with rotary position embeddings (arXiv:2104.09864)."""
+    """softmax(q k^T / sqrt(H)) v over the past, with rotary position embeddings (arXiv:2104.09864).
+
+    Both of Flax's attention modules take it as their `attention_fn`.
+    """
     return jax.nn.dot_product_attention(rotate(query_BTNH), rotate(key_BTNH), value_BTNH, is_causal=True)
 
 

@@ -6,18 +6,18 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 import gemma_mlp
-from train_toy import common
+from byte_decoder import common
 
 Block = Callable[..., nnx.Module]  # (config, rngs=rngs)
 
 
-def split(init, axes):
-    """`init` for a parameter with these logical axes; nothing is placed on a mesh here."""
+def with_axes(init, axes):
+    """`init` that also records the parameter's logical axes. It places nothing on a mesh."""
     return nnx.with_partitioning(init, axes, eager_sharding=False)
 
 
 class Layer(nnx.Module):
-    """Attention between two norms, then the feed-forward block."""
+    """Attention with a norm before and after it, then the feed-forward block."""
 
     def __init__(self, config: gemma_mlp.MLPConfig, num_heads: int, *, rngs: nnx.Rngs, block: Block):
         self.attention_pre_norm = gemma_mlp.nnx.RMSNorm(config, rngs=rngs)
@@ -27,8 +27,8 @@ class Layer(nnx.Module):
             use_bias=False,
             dtype=config.dtype,
             param_dtype=config.param_dtype,
-            kernel_init=split(common.weight_init, common.PROJECTION_AXES),
-            out_kernel_init=split(common.weight_init, common.OUT_AXES),
+            kernel_init=with_axes(common.weight_init, common.PROJECTION_AXES),
+            out_kernel_init=with_axes(common.weight_init, common.OUT_AXES),
             attention_fn=common.causal_attention,
             decode=False,
             rngs=rngs,
@@ -42,14 +42,14 @@ class Layer(nnx.Module):
 
 
 class Decoder(nnx.Module):
-    """Bytes to next-byte logits; input and output embeddings are tied.
+    """Maps bytes to next-byte logits. Input and output embeddings are tied.
 
     Args:
-      config: sizes and numerics of the feed-forward blocks; the rest of the model follows them.
-      num_layers: how many layers.
-      num_heads: attention heads of each.
-      rngs: `params` draws the weights.
-      block: makes the feed-forward block of a layer.
+      config: sizes and numerics of the feed-forward blocks. The other modules use the same width and dtypes.
+      num_layers: the number of layers.
+      num_heads: the number of attention heads in a layer.
+      rngs: the stream `params` draws the weights.
+      block: the class of a layer's feed-forward block, called as block(config, rngs=rngs).
     """
 
     def __init__(
@@ -66,7 +66,7 @@ class Decoder(nnx.Module):
             config.embed_dim,
             dtype=config.dtype,
             param_dtype=config.param_dtype,
-            embedding_init=split(common.embedding_init, common.EMBEDDING_AXES),
+            embedding_init=with_axes(common.embedding_init, common.EMBEDDING_AXES),
             rngs=rngs,
         )
         self.num_layers = num_layers

@@ -1,4 +1,4 @@
-"""The decoder as two pure functions over one parameter tree, whichever Flax API it is composed in."""
+"""The decoder as two pure functions of one parameter tree, the same for NNX and for Linen."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -10,30 +10,28 @@ from flax import nnx
 from jax.sharding import Mesh
 
 import gemma_mlp
+from byte_decoder import linen_model, nnx_model
+from gemma_mlp.checks import require
 from gemma_mlp.sharding import Rules, named_shardings
-from train_toy import linen_model, nnx_model
 
 Params = dict[str, Any]
 
 
 class LanguageModel(NamedTuple):
-    """`init(key)` gives parameters as nested dicts, `logits(params, tokens)` the next-byte logits [B, T, 256]."""
+    """`init(key)` returns parameters as nested dicts; `logits(params, tokens)` the next-byte logits [B, T, 256]."""
 
     init: Callable[[jax.Array], Params]
     logits: Callable[[Params, jax.Array], jax.Array]
 
 
 def make(api: str, config: gemma_mlp.MLPConfig, num_layers: int, num_heads: int) -> LanguageModel:
-    """The model through the NNX or the Linen shell; their parameters are interchangeable."""
-    if api == "nnx":
-        return _nnx(config, num_layers, num_heads)
-    if api == "linen":
-        return _linen(config, num_layers, num_heads)
-    raise ValueError(f"config.api is nnx or linen. Received: {api!r}. Fix: use one of these names.")
+    """The decoder in NNX or in Linen. Each can compute with the parameters of the other."""
+    require(api in ("nnx", "linen"), "config.api must be nnx or linen.", repr(api), "use one of these names.")
+    return (_nnx if api == "nnx" else _linen)(config, num_layers, num_heads)
 
 
 def shardings(api: str, sizes: tuple[gemma_mlp.MLPConfig, int, int], mesh: Mesh, rules: Rules) -> Params:
-    """How the parameters of `make(api, *sizes)` are spread over a mesh, in the tree that they come in."""
+    """The tree of shardings, on a mesh, of the parameters of `make(api, *sizes)`."""
     if api == "nnx":
         state = nnx.state(nnx.eval_shape(lambda: nnx_model.Decoder(*sizes, rngs=nnx.Rngs(params=0))))
         return nnx.to_pure_dict(named_shardings(state, mesh, rules))
@@ -42,12 +40,18 @@ def shardings(api: str, sizes: tuple[gemma_mlp.MLPConfig, int, int], mesh: Mesh,
 
 
 def pure_functions(create: Callable[[jax.Array], nnx.Module]) -> tuple[Callable, Callable]:
-    """(init, apply) of the NNX module that `create(key)` makes: key -> params, (params, *args) -> its output."""
+    """Turns the NNX module that `create(key)` makes into two functions.
+
+    Returns:
+      init: key -> params, as nested dicts.
+      apply: (params, *args) -> the module's output.
+    """
 
     def init(key):
         return nnx.to_pure_dict(nnx.state(create(key)))
 
-    graphdef, abstract = nnx.split(nnx.eval_shape(create, jax.random.key(0)))  # on a mesh Flax would ask for its rules
+    # Made once, here: inside of jax.set_mesh Flax would ask for rules that map the logical axes.
+    graphdef, abstract = nnx.split(nnx.eval_shape(create, jax.random.key(0)))
 
     def apply(params, *args):
         state = jax.tree.map(lambda leaf: leaf, abstract)  # a copy, to be filled

@@ -1,4 +1,4 @@
-"""Bytes to learn from: a corpus with a held-out end, seekable training batches, evaluation windows."""
+"""The text: a corpus whose end is held out, training batches in a seeded order, and evaluation windows."""
 
 import hashlib
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from gemma_mlp.checks import require
 
 @dataclass(frozen=True)
 class Corpus:
-    """uint8 text: what is trained on, and what comes after it and is not."""
+    """A text as uint8 arrays: `train` is learned from, and `heldout`, which follows it, is only scored."""
 
     train: np.ndarray
     heldout: np.ndarray
@@ -27,20 +27,20 @@ def load_corpus(source: str, heldout_fraction: float, heldout_max_bytes: int) ->
     """Reads `source` and holds out its end.
 
     Args:
-      source: a file, or a folder whose files are read in the order of their names; empty: Python's own
-        documentation topics.
+      source: a file, or a folder whose files are read in the order of their names. If it is empty, the text is
+        Python's own documentation of the language.
       heldout_fraction: the share of the bytes to hold out.
-      heldout_max_bytes: the most bytes to hold out.
+      heldout_max_bytes: the largest number of bytes to hold out.
 
     Raises:
       FileNotFoundError: if there is no such file or folder.
-      ValueError: if either part would be empty.
+      ValueError: if the training text or the held-out text would be empty.
     """
     text = np.frombuffer(_read(Path(source)) if source else python_documentation(), np.uint8)
     heldout = min(int(len(text) * heldout_fraction), heldout_max_bytes)
     require(
         0 < heldout < len(text),
-        "Training and held-out text both need bytes.",
+        "Training and held-out text must both have at least one byte.",
         f"{len(text)} bytes in {source!r}, of which {heldout} are to be held out",
         "give a longer text or another heldout_fraction.",
     )
@@ -48,9 +48,9 @@ def load_corpus(source: str, heldout_fraction: float, heldout_max_bytes: int) ->
 
 
 def python_documentation() -> bytes:
-    """The English prose that every CPython carries, each paragraph once.
+    """The English prose in CPython's own pydoc_data/topics.py, each paragraph once.
 
-    The topics repeat whole sections (about a fifth of the text), which would put training text into the held-out end.
+    The topics repeat whole sections, about a fifth of the text. Repeats would put training text into the held-out end.
     """
     paragraphs = (part for name in sorted(topics.topics) for part in topics.topics[name].split("\n\n"))
     return "\n\n".join(dict.fromkeys(part.strip("\n") for part in paragraphs)).encode()
@@ -62,17 +62,17 @@ def _read(path: Path) -> bytes:
     if path.is_dir():
         files = sorted(file for file in path.rglob("*") if file.is_file() and not file.name.startswith("."))
         return b"\n\n".join(file.read_bytes() for file in files)
-    raise FileNotFoundError(f"config.data is a file or a folder. Received: {str(path)!r}. Fix: check the path.")
+    raise FileNotFoundError(f"config.data must be a file or a folder. Got: {str(path)!r}. Fix: check the path.")
 
 
 def training_windows(train: np.ndarray, seq_len: int, seed: int) -> grain.MapDataset:
-    """An endless dataset of windows [seq_len + 1]: inputs and targets. Batch i is elements i * batch_size and after.
+    """An endless dataset of windows [seq_len + 1]: the first seq_len bytes are the input, the last seq_len the targets.
 
-    Windows start anywhere; within an epoch no two start at the same byte.
+    Windows start at any byte, in an order that `seed` draws. Within an epoch no two start at the same byte.
     """
     require(
         len(train) > seq_len,
-        "The training text is longer than one window.",
+        "The training text must be longer than one window.",
         f"{len(train)} bytes, seq_len {seq_len}",
         "give a longer text or a smaller seq_len.",
     )
@@ -89,8 +89,8 @@ def training_batches(train: np.ndarray, seq_len: int, batch_size: int, seed: int
 def evaluation_windows(corpus: Corpus, seq_len: int) -> tuple[np.ndarray, np.ndarray]:
     """Windows [N, seq_len + 1] and a mask [N, seq_len] that scores every held-out byte exactly once.
 
-    Each window moves on by half a window, so that every byte is predicted from at least half a window of what stands
-    before it, the end of the training text included.
+    Each window starts half a window after the one before. So the model predicts every byte from at least half a window
+    of the text in front of it, which for the first bytes is the end of the training text.
     """
     stride = max(seq_len // 2, 1)
     context = seq_len + 1 - stride

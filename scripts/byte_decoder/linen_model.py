@@ -1,14 +1,14 @@
-"""The decoder of `toy.nnx_model` in Flax Linen, with the same parameter tree."""
+"""The decoder of `byte_decoder.nnx_model` in Flax Linen, with the same parameter tree."""
 
 from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
 import gemma_mlp
-from train_toy import common
+from byte_decoder import common
 
 
 class Layer(nn.Module):
-    """Attention between two norms, then the feed-forward block."""
+    """Attention with a norm before and after it, then the feed-forward block."""
 
     config: gemma_mlp.MLPConfig
     num_heads: int
@@ -35,7 +35,7 @@ class Layer(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Bytes to next-byte logits; input and output embeddings are tied."""
+    """Maps bytes to next-byte logits. Input and output embeddings are tied."""
 
     config: gemma_mlp.MLPConfig
     num_layers: int
@@ -50,7 +50,7 @@ class Decoder(nn.Module):
             param_dtype=config.param_dtype,
             embedding_init=nn.with_logical_partitioning(common.embedding_init, common.EMBEDDING_AXES),
         )
-        self.layer = [Layer(config, self.num_heads) for _ in range(self.num_layers)]  # named layer_0, layer_1, ...
+        self.layer = [Layer(config, self.num_heads) for _ in range(self.num_layers)]  # called layer_0, layer_1, ...
         self.final_norm = gemma_mlp.linen.RMSNorm(config)
 
     def __call__(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T V"]:

@@ -1,0 +1,44 @@
+"""Parametrized tests of which a few cases run by default and all with `pytest -m ""`."""
+
+import itertools
+
+import pytest
+
+
+def vary(names, rows, together="", indirect=()):
+    """`pytest.mark.parametrize(names, rows)` with all rows marked slow except a covering subset.
+
+    The subset has each value of each factor at least once. Of the factors named in `together` it has each pair of
+    values that some row has. For instance `vary("save dtype remat", itertools.product(SAVES, DTYPES, (False, True)),
+    together="save dtype")` runs each save with each dtype, some with remat and some without.
+    """
+    names, rows = names.split(), list(rows)
+    quick = covering(rows, [names.index(name) for name in together.split()])
+    marks = [() if i in quick else pytest.mark.slow for i in range(len(rows))]
+    params = [pytest.param(*row, marks=mark) for row, mark in zip(rows, marks)]
+    return pytest.mark.parametrize(names, params, ids=str, indirect=indirect)
+
+
+def first_is_quick(values):
+    """For tests of which one case is much like another and takes long: all but the first are slow."""
+    return [pytest.param(value, marks=pytest.mark.slow if i else ()) for i, value in enumerate(values)]
+
+
+def covering(rows, together):
+    """The indices of a small subset of rows that has each value of each column, and each pair of those `together`.
+
+    Takes the row that adds the most values and pairs, until none is missing.
+    """
+
+    def values(row):
+        entries = [(column, str(value)) for column, value in enumerate(row)]
+        pairs = itertools.combinations([entries[column] for column in together], 2)
+        return {*entries, *pairs}
+
+    covered = [values(row) for row in rows]
+    missing, chosen = set().union(*covered), []
+    while missing:
+        best = max(range(len(rows)), key=lambda i: len(covered[i] & missing))
+        missing -= covered[best]
+        chosen.append(best)
+    return chosen
