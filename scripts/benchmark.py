@@ -1,10 +1,11 @@
-"""Time, accuracy and memory of the feed-forward at a Gemma 2 size: tables, benchmark.json and benchmark.png.
+"""Measures time, accuracy and memory of the feed-forward at the size of a Gemma 2 model.
 
     python scripts/benchmark.py --config=configs/benchmark.py:2b        # or :9b, :27b
-    python scripts/benchmark.py --config=configs/benchmark.py:2b --config.sections="('memory',)"
+    JAX_PLATFORMS=cpu python scripts/benchmark.py --config=configs/benchmark.py:2b --config.sections="('memory',)"
 
-Time is taken on JAX's default device, so let nothing else run. Memory is of this CPU and, with the `aot` extra and
-JAX_PLATFORMS=cpu, of TPUs and the H200. With the `peers` extra, Hugging Face's module on PyTorch takes part.
+It prints tables and writes benchmark.json and benchmark.png. Time is measured on JAX's default device, so let nothing
+else run. Memory is that of programs compiled for this CPU and, with the `aot` extra and JAX_PLATFORMS=cpu, for TPUs and
+the H200. With the `peers` extra, Hugging Face's module on PyTorch is timed too.
 """
 
 import importlib.util
@@ -12,29 +13,19 @@ import json
 import platform
 from pathlib import Path
 
+import cli
 import jax
-from absl import app, logging
 from benchmark import accuracy, figure, memory, timing
-from ml_collections import config_flags
 from tqdm import tqdm
 
 from gemma_mlp import PRESETS
-from gemma_mlp.checks import require
 
-CONFIG = config_flags.DEFINE_config_file(
-    "config",
-    str(Path(__file__).parents[1] / "configs" / "benchmark.py:2b"),
-    "What to measure; override any field with --config.FIELD=VALUE.",
-)
+CONFIG = cli.config("benchmark", "What to measure.", size="2b")
 
 
-def main(argv):
-    logging.set_verbosity(logging.WARNING)  # JAX tells of much at INFO
-    if len(argv) > 1:
-        raise app.UsageError(f"Unknown arguments: {argv[1:]}")
+def main():
     config = CONFIG.value
-    unknown = set(config.sections) - set(SECTIONS)
-    require(not unknown, f"config.sections are of {', '.join(SECTIONS)}.", ", ".join(unknown), "use these names.")
+    cli.require_names("sections", config.sections, SECTIONS)
     workdir = Path(config.workdir)
     workdir.mkdir(parents=True, exist_ok=True)
     report = {
@@ -46,20 +37,22 @@ def main(argv):
         report[name] = SECTIONS[name](config, report)
         (workdir / "benchmark.json").write_text(json.dumps(report, indent=2))
     figure.draw(workdir / "benchmark.png", report)
-    print(f"\nIn {workdir}: benchmark.json, benchmark.png")
+    print(f"\nWritten to {workdir}: benchmark.json, benchmark.png")
 
 
 def time(config, report):
     preset = PRESETS[config.preset]
-    peer = "torch" if all(map(importlib.util.find_spec, ("torch", "transformers"))) else None
+    has_peer = all(map(importlib.util.find_spec, ("torch", "transformers")))
     refusals = {dtype: timing.kernels_refuse(preset, dtype) for dtype in config.dtypes}
     kernels = ["pallas"] if None in refusals.values() else []
-    contestants = ("ours", "input", "gate_up", "plain", *kernels, *([peer] if peer else []))
+    contestants = ("ours", "input", "gate_up", "plain", *kernels, *(["torch"] if has_peer else []))
     for dtype, reason in refusals.items():
         if reason is not None:
             print(f"\nThe kernels are left out in {dtype}: {reason}")
-    print("\nMilliseconds of the bare products, and the others as ratios to them" + ("" if peer else PEER_MISSING))
-    print(row("dtype", "pass", "tokens", "products", *contestants, "TFLOP/s", "GB/s"))
+    if not has_peer:
+        print("\nHugging Face's module is left out: torch and transformers are not installed.")
+    print("\nMilliseconds of the bare matmuls, and the times of the others as ratios to them")
+    print(row("dtype", "pass", "tokens", "matmuls", *contestants, "TFLOP/s", "GB/s"))
     report["ceiling"] = {dtype: timing.ceiling(dtype, config.rounds) for dtype in config.dtypes}
     rows = []
     with tqdm(total=2 * len(config.dtypes) * len(config.tokens), leave=False) as bar:
@@ -71,15 +64,15 @@ def time(config, report):
                 rows.append({"dtype": dtype, "tokens": tokens, **measured, **reached})
                 ratios = (ratio(measured, name) for name in contestants)
                 numbers = (f"{reached['TFLOP/s']:.2f}", f"{reached['GB/s']:.0f}")
-                tqdm.write(row(dtype, measured["pass"], tokens, f"{measured['products']:.2f}", *ratios, *numbers))
+                tqdm.write(row(dtype, measured["pass"], tokens, f"{measured['matmuls']:.2f}", *ratios, *numbers))
                 bar.update()
     for dtype, best in report["ceiling"].items():
-        print(f"The device's own best in {dtype}: {best['TFLOP/s']:.2f} TFLOP/s, {best['GB/s']:.0f} GB/s")
+        print(f"This device's best in {dtype}: {best['TFLOP/s']:.2f} TFLOP/s, {best['GB/s']:.0f} GB/s")
     return rows
 
 
 def ratio(measured, name):
-    return f"{measured[name] / measured['products']:.2f}" if name in measured else ""
+    return f"{measured[name] / measured['matmuls']:.2f}" if name in measured else ""
 
 
 def errors(config, _):
@@ -106,18 +99,22 @@ def stacks(config, _):
     rows = []
     for measured in tqdm(memory.measure(config.preset, compilers, **sizes), leave=False):
         rows.append(measured)
-        found = (measured.get(name, "") for name in compilers)
-        numbers = ("too large" if number is None else f"{number:.0f}" if number != "" else "" for number in found)
+        numbers = (mebibytes(measured, name) for name in compilers)
         tqdm.write(row(measured["stack"], measured["layer"], measured["chunk_size"] or "", *numbers))
     return rows
+
+
+def mebibytes(measured, name):
+    if name not in measured:
+        return ""
+    return "too large" if measured[name] is None else f"{measured[name]:.0f}"
 
 
 def row(*cells):
     return "".join(f"{cell!s:>14}" for cell in cells)
 
 
-PEER_MISSING = "; without Hugging Face's, for want of torch and transformers"
 SECTIONS = {"time": time, "accuracy": errors, "memory": stacks}
 
 if __name__ == "__main__":
-    app.run(main)
+    cli.run(main)

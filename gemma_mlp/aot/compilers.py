@@ -1,8 +1,7 @@
-"""Compiles for accelerators that this machine does not have, and says what their compilers made of it.
+"""Runs the compilers of TPUs and of the H200 on a machine that has neither.
 
-TPUs need `libtpu`; the H200 needs `jax-cuda13-plugin` and `jax-cuda13-pjrt` of JAX's own version, and for kernels in
-Pallas `nvidia-cuda-nvcc` and `nvidia-nvvm`. All are in the `aot` extra; no chip, driver or CUDA library is needed. Set
-JAX_PLATFORMS=cpu before JAX starts, or JAX looks for the chips.
+The compilers come with the `aot` extra; no chip, driver or CUDA library is needed. Set JAX_PLATFORMS=cpu before JAX
+starts, otherwise JAX looks for the chips. This folder's README says which package serves which target.
 """
 
 import contextlib
@@ -20,16 +19,16 @@ from jax.experimental import topologies
 from gemma_mlp.aot.hlo import Collective, collectives
 from gemma_mlp.checks import require
 
-# What libtpu asks its host for, so that it does without one; the same for every kind of chip.
+# libtpu asks a TPU host for these values. With them it needs no host; one set serves every kind of chip.
 TPU_ENVIRONMENT = {
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_ACCELERATOR_TYPE": "v5e-4",
     "TPU_WORKER_HOSTNAMES": "localhost",
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # or a second process fails on a lock file
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # without it a second process fails on a lock file
 }
 
-# A GpuTargetConfig of XLA (xla/stream_executor/device_description.proto), with the figures of NVIDIA's H200 data sheet
-# and of compute capability 9.0 (CUDA C++ programming guide, technical specifications).
+# XLA's GpuTargetConfig (xla/stream_executor/device_description.proto). The numbers come from NVIDIA's H200 data sheet
+# and, for compute capability 9.0, from the technical specifications of the CUDA C++ programming guide.
 H200 = """
 gpu_device_info {
   threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152 shared_memory_per_core: 233472
@@ -40,20 +39,35 @@ gpu_device_info {
 }
 platform_name: "CUDA" dnn_version_info { major: 9 minor: 8 patch: 0 } device_description_str: "NVIDIA H200"
 """
-HOST = 8  # H200s of an HGX board, which NVLink joins
+H200S_PER_HOST = 8  # the chips of one HGX board, which NVLink connects
+
+# XLA writes "the total memory required for HLO temporaries (17.53G) exceeds available HBM (15.75G)".
+NEEDED_MEMORY = re.compile(r"total memory required [^(]*\(([\d.]+)([KMGT]?)\)")
+UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+
+
+class DoesNotFit(Exception):  # noqa: N818
+    """The compiler refused a program. Each chip must have `needed_bytes` of memory for it, but has less."""
+
+    def __init__(self, needed_bytes: float):
+        super().__init__(
+            "A program must fit the memory of a chip. "
+            f"Got: one that needs {needed_bytes / 2**30:.2f} GiB. Fix: take more chips, larger chips or smaller arrays."
+        )
+        self.needed_bytes = needed_bytes
 
 
 @dataclass(frozen=True)
 class Compiled:
-    """What the compiler says of one program; bytes are per chip.
+    """What the compiler reports about one program. All bytes are per chip.
 
     Attributes:
-      temp_bytes: what the program needs beyond its arguments and results.
-      argument_bytes, output_bytes: of its arguments and results.
-      alias_bytes: of those results that take the place of donated arguments.
-      flops: of one run, or None where the compiler does not count them. Loops count once.
-      collectives: the transfers between chips, in program order, each with how often it runs.
-      text: the optimised program, in XLA's HLO.
+      temp_bytes: the memory that the program needs in addition to its arguments and results.
+      argument_bytes, output_bytes: the sizes of all arguments and of all results.
+      alias_bytes: the size of the results that overwrite donated arguments.
+      flops: the FLOPs of one run, in which the body of a loop counts once. None if the compiler does not count them.
+      collectives: the transfers between chips, in program order. Each one says how often it runs.
+      text: the optimised program, as HLO text.
     """
 
     temp_bytes: int
@@ -66,16 +80,19 @@ class Compiled:
 
     @property
     def total_bytes(self) -> int:
-        """What the program has in memory: arguments, results that take no argument's place, all beyond them."""
+        """All memory of the program: arguments, temporaries, and the results that overwrite no argument."""
         return self.argument_bytes + self.output_bytes - self.alias_bytes + self.temp_bytes
 
 
 def devices(target: str) -> list[Any]:
-    """The devices of `target`, as :func:`compile_for` takes it, to make a `jax.sharding.Mesh` of.
+    """The devices of `target`, from which you can make a `jax.sharding.Mesh`.
+
+    Args:
+      target: a target of :func:`compile_for`.
 
     Raises:
-      ValueError: if there is no such target.
-      ImportError: if its compiler is not installed, not in JAX's version, or did not start.
+      ValueError: if the target does not exist.
+      ImportError: if its compiler is not installed, has another version than JAX needs, or did not start.
     """
     if target == "cpu":
         return jax.local_devices(backend="cpu")
@@ -89,20 +106,24 @@ def compile_for(
     donate_argnums: tuple[int, ...] = (),
     compiler_options: dict[str, Any] | None = None,
 ) -> Compiled:
-    """Compiles `function` for an accelerator, without one.
+    """Compiles `function` for an accelerator that this machine does not have.
 
     Args:
-      target: "tpu v5e:2x2", "tpu v5p:2x2x1", "tpu v6e:16x16" and the like, "h200", "h200:8" and, in hosts of eight,
-        "h200:16" and so on, or "cpu" for this machine's.
-      function: takes and returns arrays.
-      args: arrays or `jax.ShapeDtypeStruct`s, and trees of them. Those without a sharding are for one chip; shardings
-        are over meshes of :func:`devices`.
-      donate_argnums: the arguments whose memory results may take, as `jax.jit` has them.
-      compiler_options: for XLA, such as {"xla_gpu_enable_triton_gemm": False}.
+      target: one of
+        "tpu CHIP:TOPOLOGY", such as "tpu v5e:2x2", "tpu v5p:2x2x1" or "tpu v6e:16x16";
+        "h200" for one GPU, "h200:4" for several GPUs of one host, "h200:16" for two hosts of eight GPUs each;
+        "cpu" for this machine's own CPU.
+      function: a function of arrays, which `jax.jit` can trace.
+      args: its arguments: arrays, `jax.ShapeDtypeStruct`s, or trees of these. A `ShapeDtypeStruct` may have a sharding
+        over a mesh of :func:`devices`. All other leaves are placed on one chip.
+      donate_argnums: the arguments that results may overwrite, as in `jax.jit`.
+      compiler_options: options for XLA, such as {"xla_gpu_enable_triton_gemm": False}.
 
     Raises:
-      ValueError: if there is no such target.
-      ImportError: if its compiler is not installed, not in JAX's version, or did not start.
+      ValueError: if the target does not exist.
+      ImportError: if its compiler is not installed, has another version than JAX needs, or did not start.
+      DoesNotFit: if the compiler says that the program needs more memory than a chip has. The TPU compilers say so;
+        the GPU's does not, so compare :attr:`Compiled.total_bytes` with the chip's memory.
     """
     chip = jax.sharding.Mesh([devices(target)[0]], ("chip",))
     one_chip = jax.sharding.NamedSharding(chip, jax.sharding.PartitionSpec())
@@ -114,13 +135,19 @@ def compile_for(
     args = jax.tree.map(abstract, args)
     meshes = [getattr(leaf.sharding, "mesh", None) for leaf in jax.tree.leaves(args)]
     meshes = [mesh for mesh in meshes if isinstance(mesh, jax.sharding.Mesh)]
-    # Kernels learn their device from the mesh in force: if there is none yet, that of the arguments.
-    alone = meshes and jax.sharding.get_abstract_mesh().empty
-    with jax.set_mesh(max(meshes, key=lambda mesh: mesh.size)) if alone else contextlib.nullcontext():
+    # Kernels read the kind of device from the current mesh. If none is set, set the arguments' mesh while tracing.
+    no_mesh_is_set = meshes and jax.sharding.get_abstract_mesh().empty
+    with jax.set_mesh(max(meshes, key=lambda mesh: mesh.size)) if no_mesh_is_set else contextlib.nullcontext():
         lowered = jax.jit(function, donate_argnums=donate_argnums).lower(*args)
-    compiled = lowered.compile(compiler_options=compiler_options)
+    try:
+        compiled = lowered.compile(compiler_options=compiler_options)
+    except jax.errors.JaxRuntimeError as error:
+        needed = NEEDED_MEMORY.search(str(error))
+        if "RESOURCE_EXHAUSTED" not in str(error) or needed is None:
+            raise
+        raise DoesNotFit(float(needed[1]) * UNITS[needed[2]]) from error
     memory, cost, text = compiled.memory_analysis(), compiled.cost_analysis(), compiled.as_text()
-    assert memory is not None  # both compilers give both
+    assert memory is not None
     assert text is not None
     return Compiled(
         temp_bytes=memory.temp_size_in_bytes,
@@ -135,37 +162,41 @@ def compile_for(
 
 @functools.cache
 def _topology(target: str) -> topologies.TopologyDescription:
-    kind, _, name = target.partition(" ")
-    if kind == "tpu" and re.fullmatch(r"[a-z0-9]+:\d+(x\d+)*", name):
-        _require_package("libtpu")
-        for variable, value in TPU_ENVIRONMENT.items():
-            os.environ.setdefault(variable, value)
-        try:
-            return topologies.get_topology_desc(platform="tpu", topology_name=name)
-        except Exception as error:
-            raise ValueError(f"libtpu knows the topology. Received: {target!r}. Fix: {error}") from error
-    kind, _, name = target.partition(":")
-    count = int(name) if re.fullmatch(r"[1-9]\d*", name) else 1 if target == "h200" else 0
+    if re.fullmatch(r"tpu [a-z0-9]+:\d+(x\d+)*", target):
+        return _tpu_topology(target)
+    h200 = re.fullmatch(r"h200(?::([1-9]\d*))?", target)
+    count = int(h200[1] or 1) if h200 else 0
     require(
-        kind == "h200" and (0 < count < HOST or count // HOST * HOST == count > 0),
-        'A target is "tpu CHIP:TOPOLOGY", such as "tpu v5e:2x2", "tpu v5p:2x2x1" or "tpu v6e:16x16", "h200" or, for '
-        f'fewer than {HOST} or whole hosts of {HOST}, "h200:COUNT", or "cpu".',
+        0 < count < H200S_PER_HOST or (count > 0 and count % H200S_PER_HOST == 0),
+        'A target must be "tpu CHIP:TOPOLOGY", such as "tpu v5e:2x2", "tpu v5p:2x2x1" or "tpu v6e:16x16", or "h200" '
+        f'for one GPU, or "h200:COUNT" for up to {H200S_PER_HOST} GPUs or a multiple of {H200S_PER_HOST}, or "cpu".',
         repr(target),
         "use one of these forms.",
     )
+    return _h200_topology(count)
+
+
+def _tpu_topology(target: str) -> topologies.TopologyDescription:
+    _require_package("libtpu")
+    for variable, value in TPU_ENVIRONMENT.items():
+        os.environ.setdefault(variable, value)
+    try:
+        return topologies.get_topology_desc(platform="tpu", topology_name=target.removeprefix("tpu "))
+    except Exception as error:
+        raise ValueError(f"libtpu must know the topology. Got: {target!r}. Fix: {error}") from error
+
+
+def _h200_topology(count: int) -> topologies.TopologyDescription:
     for package in ("jax-cuda13-plugin", "jax-cuda13-pjrt"):
         _require_package(package, jax.__version__)
+    hosts, per_host = max(1, count // H200S_PER_HOST), min(count, H200S_PER_HOST)
+    topology = {"topology_name": "h200", "topology": f"1x{hosts}x{per_host}"}
     try:
-        return topologies.get_topology_desc(
-            platform="cuda",
-            topology_name="h200",
-            topology=f"1x{max(1, count // HOST)}x{min(count, HOST)}",  # slices, hosts, chips of a host
-            target_config=H200.replace("\n", " "),
-        )
+        return topologies.get_topology_desc(platform="cuda", target_config=H200.replace("\n", " "), **topology)
     except NotImplementedError as error:
         raise ImportError(
-            "jax-cuda13-plugin starts; where it looks for a GPU, it does not without CUDA's libraries. Received: "
-            f"{error}. Fix: set JAX_PLATFORMS=cpu before JAX starts."
+            "jax-cuda13-plugin must start. It needs CUDA's libraries if JAX looks for a GPU. "
+            f"Got: {error}. Fix: set JAX_PLATFORMS=cpu before JAX starts."
         ) from error
 
 
@@ -173,6 +204,7 @@ def _require_package(package: str, version: str | None = None) -> None:
     try:
         installed = metadata.version(package)
     except metadata.PackageNotFoundError as error:
-        raise ImportError(f"{package} is not installed. Fix: pip install 'gemma-mlp[aot]'.") from error
+        raise ImportError(f"{package} must be installed. Fix: pip install 'gemma-mlp[aot]'.") from error
     if version is not None and installed != version:
-        raise ImportError(f"{package} {installed} does not fit JAX {version}. Fix: pip install {package}=={version}.")
+        rule = f"{package} must have the version of JAX, {version}."
+        raise ImportError(f"{rule} Got: {installed}. Fix: pip install {package}=={version}.")

@@ -1,4 +1,4 @@
-"""Reads a compiled program's HLO text: what is sent between chips, how often, and by which of them to which."""
+"""Finds the transfers between chips in the HLO text of a compiled program: their kind, size, groups and frequency."""
 
 import dataclasses
 import functools
@@ -9,14 +9,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 
 from gemma_mlp.checks import require
 
 COLLECTIVES = ("all-gather", "all-reduce", "all-to-all", "collective-permute", "reduce-scatter")
-SCATTER = "all-reduce-scatter"  # the fusions in which the TPU's compiler has a reduce-scatter, as an all-reduce
-MOVES = ("bitcast", "convert", "copy", "copy-done", "copy-start")  # of one number to another place
+SCATTER = "all-reduce-scatter"  # the TPU compiler writes a reduce-scatter as an all-reduce in a fusion of this name
+MOVES = ("bitcast", "convert", "copy", "copy-done", "copy-start")  # instructions that do not change a number's value
 
 INSTRUCTION = re.compile(r"^\s+(ROOT )?%?([\w.-]+) = (.+?) ([a-z][a-z0-9-]*)\((.*)$")
 COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.-]+) (?:\(.*)?\{$")
@@ -28,10 +27,10 @@ class Collective:
 
     Attributes:
       kind: one of COLLECTIVES.
-      bytes: of its result on each chip.
-      groups: the chips that exchange with one another, as positions in the mesh; of a collective-permute the pairs
+      bytes: the size of its result on each chip.
+      groups: the groups of chips that exchange data, as positions in the mesh. For a collective-permute, the pairs
         (source, target).
-      times: how often it runs, in loops within loops; None where the text does not tell.
+      times: how often it runs, including the loops around it. None if the text does not tell.
     """
 
     kind: str
@@ -41,7 +40,11 @@ class Collective:
 
     @property
     def sent_bytes(self) -> float:
-        """What a chip has to send, at least, for one run: all but its own part, a sum's parts once more."""
+        """The least that a chip must send in one run.
+
+        In a group of n chips that is (n - 1) / n of the array that is gathered, scattered or exchanged. An all-reduce
+        sends twice as much, because it is a reduce-scatter and then an all-gather.
+        """
         size = max(map(len, self.groups), default=1)
         if self.kind == "collective-permute":
             return self.bytes
@@ -52,17 +55,19 @@ class Collective:
 
 @dataclass(frozen=True)
 class Instruction:
+    """One line of HLO text: `name = shape opcode(rest`."""
+
     name: str
     shape: str
     opcode: str
-    rest: str  # operands and attributes
+    rest: str  # the operands, a closing bracket, and the attributes
 
     @functools.cached_property
     def operands(self) -> list[str]:
         return [operand.split("%")[-1].strip() for operand in _split(self.rest[: _end(self.rest)])]
 
     def computation(self, attribute: str) -> str:
-        """The computation that `attribute` names."""
+        """The name of the computation in `attribute`, for example the body of a loop."""
         found = re.search(rf"\b{attribute}=%?([\w.-]+)", self.rest)
         assert found is not None, self
         return found[1]
@@ -72,32 +77,42 @@ Computation = dict[str, Instruction]
 
 
 @dataclass(frozen=True)
-class Call:
-    """A loop's body, entered from `instruction` of `computation`, which `outer` entered."""
+class Loop:
+    """The while `instruction` of `computation`, whose body is being read; `outer` is the loop around it, if any."""
 
     computation: Computation
     instruction: Instruction
-    outer: "Call | None"
+    outer: "Loop | None"
+
+    def initial(self, index: int) -> str:
+        """The name of the value that element `index` of the loop's state has before the first turn."""
+        return self.computation[self.instruction.operands[0]].operands[index]
 
 
 def collectives(text: str) -> tuple[Collective, ...]:
-    """The transfers between chips, in the order in which they run; an asynchronous one counts once, at its start.
+    """The transfers between chips, in the order in which they run.
 
-    Both branches of a conditional count. What the TPU's compiler spreads over fusions, some of them inside of loops
-    that run meanwhile, has one channel, and counts once, where it runs least. (Those that a program asks for itself, in
-    `jax.shard_map`, all have channel 1.)
+    An asynchronous transfer counts once, at its start. Both branches of a conditional count. The TPU compiler may
+    split one transfer over several fusions, some of them inside a concurrent loop. These share a channel id and count
+    once, with the smallest number of runs. (All transfers that a program requests itself, in `jax.shard_map`, have
+    channel 1 but are in no fusion; each of them counts.)
+
+    Raises:
+      ValueError: if the text has no ENTRY, or writes groups in a form that this module does not know.
     """
     program = _Program(text)
     transfers = list(program.transfers(program.entry, 1, None))
-    spread = {channel for channel, fused, _ in transfers if fused}
+    split_channels = {channel for channel, in_fusion, _ in transfers if in_fusion}
     found: dict[Any, Collective] = {}
     for position, (channel, _, each) in enumerate(transfers):
-        key = channel if channel in spread and channel is not None else position
+        key = channel if channel in split_channels and channel is not None else position
         found[key] = min(found.get(key, each), each, key=lambda each: math.inf if each.times is None else each.times)
     return tuple(found.values())
 
 
 class _Program:
+    """The computations of a program, each of them instructions by name."""
+
     def __init__(self, text: str):
         self.computations: dict[str, Computation] = {}
         self.roots: dict[str, Instruction] = {}
@@ -112,97 +127,101 @@ class _Program:
                 self.computations[name][instruction.name] = instruction
                 if found[1]:
                     self.roots[name] = instruction
-        require(bool(self.entry), "A program's HLO text has an ENTRY.", repr(text[:80]), "pass compiled.as_text().")
+        require(bool(self.entry), "A program's text must have an ENTRY.", repr(text[:80]), "pass compiled.as_text().")
 
     def transfers(
-        self, name: str, times: int | None, call: Call | None, fused: bool = False
+        self, name: str, times: int | None, loop: Loop | None, in_fusion: bool = False
     ) -> Iterator[tuple[str | None, bool, Collective]]:
-        """Those of one computation, which runs `times` times, each with its channel and whether it is in a fusion."""
-        for instruction in self.computations[name].values():
+        """Yields (channel id, is it in a fusion?, transfer) for computation `name`, which runs `times` times."""
+        computation = self.computations[name]
+        for instruction in computation.values():
             kind = instruction.opcode.removesuffix("-start")
             if instruction.opcode == "while":
-                trips = self.trips(self.computations[name], instruction, call)
-                inner = None if times is None or trips is None else times * trips
-                body = instruction.computation("body")
-                yield from self.transfers(body, inner, Call(self.computations[name], instruction, call), fused)
+                inner = Loop(computation, instruction, loop)
+                count = self.trip_count(inner)
+                inner_times = None if times is None or count is None else times * count
+                yield from self.transfers(instruction.computation("body"), inner_times, inner, in_fusion)
             elif kind in COLLECTIVES:
                 channel = re.search(r"channel_id=(\d+)", instruction.rest)
                 each = Collective(kind, _result_bytes(instruction), _groups(instruction.rest), times)
-                yield channel and channel[0], fused, each
+                yield channel and channel[0], in_fusion, each
             else:
-                inside = fused or instruction.opcode == "fusion"
+                inside = in_fusion or instruction.opcode == "fusion"
                 for called in _called(instruction):
-                    for channel, within, each in self.transfers(called, times, call, inside):
-                        yield channel, within, _scattered(each, instruction) if called.startswith(SCATTER) else each
+                    for channel, fused, each in self.transfers(called, times, loop, inside):
+                        yield channel, fused, _scattered(each, instruction) if called.startswith(SCATTER) else each
 
-    def trips(self, computation: Computation, loop: Instruction, call: Call | None) -> int | None:
-        """How often a loop runs: as the compiler says, or as its counter's start, step and bound give it."""
-        if known := re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.rest):
+    # The CPU's and the GPU's compilers write known_trip_count next to a loop. The TPU compilers do not, so the next
+    # three methods derive it from the start, the step and the bound of the loop's counter.
+
+    def trip_count(self, loop: Loop) -> int | None:
+        """How many turns a loop makes, or None if that cannot be told."""
+        if known := re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.instruction.rest):
             return int(known[1])
-        condition = self.computations[loop.computation("condition")]
-        test = self.roots[loop.computation("condition")]
+        condition = self.computations[loop.instruction.computation("condition")]
+        test = self.roots[loop.instruction.computation("condition")]
         if test.opcode != "compare" or "direction=LT" not in test.rest:
             return None
         counter, bound = test.operands
         index = _index(condition, counter)
         if index is None:
             return None
-        inside = Call(computation, loop, call)
-        start = self.number(computation, computation[loop.operands[0]].operands[index], call)
-        body = self.computations[loop.computation("body")]
-        step = self.step(body, self.roots[loop.computation("body")].operands[index], index, inside)
-        stop = self.number(condition, bound, inside)
+        body = loop.instruction.computation("body")
+        start = self.constant(loop.computation, loop.initial(index), loop.outer)
+        step = self.added(self.computations[body], self.roots[body].operands[index], index, loop)
+        stop = self.constant(condition, bound, loop)
         if start is None or stop is None or not step:
             return None
         return max(0, math.ceil((stop - start) / step))
 
-    def step(self, body: Computation, name: str, index: int, call: Call) -> int | None:
-        """What a turn adds to element `index` of what a loop carries, ending as `name`."""
-        last = body[_moved(body, name)]
+    def added(self, body: Computation, name: str, index: int, loop: Loop) -> int | None:
+        """What a turn adds to element `index` of the loop's state, if `name` is that element at the turn's end."""
+        last = body[_origin(body, name)]
         if last.opcode != "add":
             return 0 if _index(body, name) == index else None
-        before, added = last.operands
+        before, addend = last.operands
         if _index(body, before) != index:
-            before, added = added, before
-        earlier = self.step(body, before, index, call)
-        number = self.number(body, added, call)
+            before, addend = addend, before
+        earlier = self.added(body, before, index, loop)
+        number = self.constant(body, addend, loop)
         return None if earlier is None or number is None else earlier + number
 
-    def number(self, computation: Computation, name: str, call: Call | None) -> int | None:
-        """The constant that `name` is, looked up outside of the loop where the loop only carries it."""
-        name = _moved(computation, name)
+    def constant(self, computation: Computation, name: str, loop: Loop | None) -> int | None:
+        """The constant that `name` stands for. If the loop only carries it, look it up outside of the loop."""
+        name = _origin(computation, name)
         if computation[name].opcode == "constant":
             return int(computation[name].rest.partition(")")[0])
         index = _index(computation, name)
-        if index is None or call is None:
+        if index is None or loop is None:
             return None
-        body = call.instruction.computation("body")
+        body = loop.instruction.computation("body")
         if _index(self.computations[body], self.roots[body].operands[index]) != index:
             return None
-        return self.number(call.computation, call.computation[call.instruction.operands[0]].operands[index], call.outer)
+        return self.constant(loop.computation, loop.initial(index), loop.outer)
 
 
 def _scattered(total: Collective, fusion: Instruction) -> Collective:
-    """The sum inside of a fusion of which each chip keeps its part."""
+    """The reduce-scatter that a fusion makes of an all-reduce: each chip keeps its shard of the sum."""
     return dataclasses.replace(total, kind="reduce-scatter", bytes=_bytes(fusion.shape))
 
 
-def _moved(computation: Computation, name: str) -> str:
-    """Where `name` comes from, through moves."""
+def _origin(computation: Computation, name: str) -> str:
+    """The instruction from which MOVES brought the value of `name`."""
     while computation[name].opcode in MOVES:
         name = computation[name].operands[0]
     return name
 
 
 def _index(computation: Computation, name: str) -> int | None:
-    """Which element of the computation's parameter `name` is."""
-    element = computation[_moved(computation, name)]
+    """The position of `name` in the tuple that is the computation's parameter, or None if it is not an element."""
+    element = computation[_origin(computation, name)]
     if element.opcode != "get-tuple-element" or computation[element.operands[0]].opcode != "parameter":
         return None
     return int(element.rest.rpartition("index=")[2].partition(",")[0])
 
 
 def _called(instruction: Instruction) -> list[str]:
+    """The names of the computations that a fusion, a call or a conditional runs."""
     names = re.findall(r"(?:calls|(?:true|false)_computation)=%?([\w.-]+)", instruction.rest)
     for branches in re.findall(r"branch_computations=\{([^}]*)\}", instruction.rest):
         names += [name.strip().removeprefix("%") for name in branches.split(",")]
@@ -212,8 +231,11 @@ def _called(instruction: Instruction) -> list[str]:
 
 
 def _result_bytes(instruction: Instruction) -> int:
-    """Of a transfer's result. The start of an asynchronous one gives (operands, results, ...), a sum's, unless its
-    operands are in brackets, the results alone."""
+    """The size of a transfer's result.
+
+    The shape at the start of an asynchronous transfer is (operands, results, ...). Only an all-reduce-start gives the
+    results alone, unless its operands are in brackets.
+    """
     shape = instruction.shape
     if instruction.opcode.endswith("-start") and (instruction.opcode != "all-reduce-start" or shape.startswith("((")):
         return _bytes(_split(shape[1:-1])[1])
@@ -221,20 +243,13 @@ def _result_bytes(instruction: Instruction) -> int:
 
 
 def _bytes(shape: str) -> int:
-    """The size of `bf16[8,128]{1,0}` or of a tuple of such."""
-    total = 0
-    for dtype, dims in re.findall(r"([a-z]+[0-9]*[a-z0-9]*)\[([0-9,]*)\]", shape):
-        name = {"pred": "bool", "bf16": "bfloat16"}.get(dtype) or re.sub(r"^([fsu])(\d+)$", _numpy_name, dtype)
-        total += jnp.dtype(name).itemsize * math.prod(int(size) for size in dims.split(",") if size)
-    return total
-
-
-def _numpy_name(match: re.Match) -> str:
-    return {"f": "float", "s": "int", "u": "uint"}[match[1]] + match[2]
+    """The size of a shape such as `bf16[8,128]{1,0}`, or of a tuple of shapes. A `pred` takes one byte."""
+    arrays = re.findall(r"(?:pred|[a-z]+(\d+)\w*)\[([\d,]*)\]", shape)
+    return sum(int(bits or 8) * math.prod(map(int, filter(None, dims.split(",")))) for bits, dims in arrays) // 8
 
 
 def _groups(attributes: str) -> tuple[tuple[int, ...], ...]:
-    """Replica groups or source-target pairs, in any of the forms that XLA writes."""
+    """Replica groups or source-target pairs, in any form that XLA writes."""
     if found := re.search(r"(?:replica_groups|source_target_pairs)=\{(\{[\d, {}]*\})\}", attributes):
         return tuple(tuple(map(int, group.split(","))) for group in re.findall(r"\{([\d, ]+)\}", found[1]))
     if found := re.search(rf"replica_groups=\[([\d,]+)\]<={IOTA}", attributes):
@@ -242,19 +257,20 @@ def _groups(attributes: str) -> tuple[tuple[int, ...], ...]:
     if found := re.search(rf"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\({IOTA}\))? \{{([^}}]*)\}}", attributes):
         sizes = dict(re.findall(r"'([^']+)'=(\d+)", found[1]))
         chips = _iota(found[2] or ",".join(sizes.values()), found[3])
-        # Each axis in three: 'axis':(2)4 is the four after an outer two, 'axis' is all of it.
-        parts = {name: (1, int(size), 1) for name, size in sizes.items()}
+        # Split each axis into (outer, chosen, inner). 'axis':(2)4 chooses 4 after an outer 2; 'axis' chooses all of it.
+        factors = {name: (1, int(size), 1) for name, size in sizes.items()}
         for name, outer, size in re.findall(r"'([^']+)':\((\d+)\)(\d+)", found[4]):
-            parts[name] = int(outer), int(size), int(sizes[name]) // (int(outer) * int(size))
+            factors[name] = int(outer), int(size), int(sizes[name]) // (int(outer) * int(size))
         chosen = [3 * list(sizes).index(name) + 1 for name in re.findall(r"'([^']+)'", found[4])]
-        chips = chips.reshape([part for axis in parts.values() for part in axis])
+        chips = chips.reshape([factor for axis in factors.values() for factor in axis])
         count = math.prod(chips.shape[axis] for axis in chosen)
         return _rows(np.moveaxis(chips, chosen, range(-len(chosen), 0)).reshape(-1, count))
-    require("replica_groups" not in attributes, "Groups are in a known form.", attributes[:300], "extend hlo._groups.")
+    rule = "Replica groups must be in a known form."
+    require("replica_groups" not in attributes, rule, attributes[:300], "extend gemma_mlp.aot.hlo._groups.")
     return ()
 
 
-IOTA = r"\[([\d,]+)\](?:T\(([\d,]+)\))?"  # [4,2]T(1,0): the numbers of an array of 4 x 2, transposed
+IOTA = r"\[([\d,]+)\](?:T\(([\d,]+)\))?"  # [4,2]T(1,0): the numbers 0 to 7 as an array of 4 x 2, transposed
 
 
 def _iota(sizes: str, order: str | None) -> np.ndarray:
@@ -271,13 +287,13 @@ def _rows(array: np.ndarray) -> tuple[tuple[int, ...], ...]:
 
 
 def _split(text: str) -> list[str]:
-    """Parts between commas that are outside of all brackets."""
+    """Splits `text` at the commas that are outside of all brackets."""
     depth = itertools.accumulate((char in "([{") - (char in ")]}") for char in text)
     cuts = [-1, *(at for at, (char, level) in enumerate(zip(text, depth)) if char == "," and level == 0), len(text)]
     return [text[a + 1 : b].strip() for a, b in itertools.pairwise(cuts)]
 
 
 def _end(text: str) -> int:
-    """Where the bracket that was opened before `text` is closed."""
+    """The position at which `text` closes a bracket that was opened before it."""
     depth = itertools.accumulate((char == "(") - (char == ")") for char in text)
     return next(at for at, level in enumerate(depth) if level < 0)

@@ -1,4 +1,7 @@
-"""Programs of one feed-forward and of stacks of them, for the compilers to say what they take; all in bfloat16."""
+"""Programs of one MLP layer and of stacks of layers, to be compiled for the memory that their gradients take.
+
+tests/aot and scripts/benchmark.py share them. Arrays are bfloat16, and abstract: they have a shape but no values.
+"""
 
 import dataclasses
 import functools
@@ -15,43 +18,46 @@ TOKENS, LAYERS = 8192, 4
 
 
 def plain(params, x):
-    """(gelu_tanh(x W_gate) * (x W_up)) W_down, every step in the dtype of the operands, for JAX to differentiate."""
+    """(gelu_tanh(x W_gate) * (x W_up)) W_down, rounded to the operands' dtype at every step, as users write it."""
     return (jax.nn.gelu(x @ params.gate_proj) * (x @ params.up_proj)) @ params.down_proj
 
 
-rematerialised = jax.checkpoint(plain)
-"""The same with a user's one line against the memory it takes."""
+NOT_OURS = {"plain": plain, "remat": jax.checkpoint(plain)}  # remat: a user's own line against the memory of plain
 
 
-def config(preset, save="input", chunk_size=None, implementation=None):
+def make_config(preset, save="input", chunk_size=None, implementation=None):
     options = {"save": save, "chunk_size": chunk_size, "implementation": implementation}
     return dataclasses.replace(PRESETS[preset], param_dtype="bfloat16", **options)
 
 
+def make_layer(config):
+    return functools.partial(mlp, config=config)
+
+
 def params(config, layers=None):
+    """The parameters of one layer, or of `layers` layers stacked along a leading axis."""
     shapes = jax.eval_shape(lambda: MLPParams.init(config, jax.random.key(0)))
     lead = () if layers is None else (layers,)
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((*lead, *leaf.shape), leaf.dtype), shapes)
 
 
-def stream(config, tokens=TOKENS):
+def inputs(config, tokens=TOKENS):
     return jax.ShapeDtypeStruct((tokens, config.embed_dim), "bfloat16")
 
 
-def array(config):
-    """One [T, F] in bfloat16, in bytes."""
+def hidden_bytes(config):
+    """The size of one [T, F] array, such as gate, up or h."""
     return TOKENS * config.hidden_dim * 2
 
 
-def apply(config):
-    return lambda params, x: mlp(params, x, config)
-
-
 def one(layer):
+    """The gradient of one layer for a given dy."""
     return lambda params, x, dy: jax.vjp(layer, params, x)[1](dy)
 
 
 def scanned(layer):
+    """The gradient of a stack of layers with residual connections, under `jax.lax.scan`."""
+
     def loss(params, x):
         return jax.lax.scan(lambda x, p: (x + layer(p, x), None), x, params)[0].astype("float32").sum()
 
@@ -59,6 +65,8 @@ def scanned(layer):
 
 
 def unrolled(layer):
+    """The same, with the layers written out one after the other."""
+
     def loss(params, x):
         for i in range(jax.tree.leaves(params)[0].shape[0]):
             x = x + layer(jax.tree.map(lambda leaf, i=i: leaf[i], params), x)
@@ -70,18 +78,29 @@ def unrolled(layer):
 STACKS = {"one": one, "scanned": scanned, "unrolled": unrolled}
 
 
-OTHERS = {"plain": plain, "remat": rematerialised}
+def compile_forward(target, config, tokens=TOKENS):
+    return compile_for(target, make_layer(config), params(config), inputs(config, tokens))
+
+
+def compile_gradient(target, stack, config, layer=None, *, tokens=TOKENS, layers=LAYERS, triton=None):
+    """Compiles the gradient of one of STACKS, made of `layer` or of our layer.
+
+    triton: whether the H200's matmuls go through Triton or through cuBLASLt; None is the compiler's default.
+    """
+    x = inputs(config, tokens)
+    arguments = (params(config), x, x) if stack == "one" else (params(config, layers), x)
+    options = None if triton is None else {"xla_gpu_enable_triton_gemm": triton}
+    return compile_for(target, STACKS[stack](layer or make_layer(config)), *arguments, compiler_options=options)
 
 
 @functools.cache
-def stack_bytes(target, stack, layer, preset, triton=None, *, tokens=TOKENS, layers=LAYERS, chunk_size=None):
-    """Temporary memory of the gradient of a stack of layers. `layer`: a save policy, "plain", "remat" or "pallas"."""
-    if layer == "pallas":
-        settings = config(preset, implementation="pallas")
+def gradient_bytes(target, stack, layer, preset, triton=None, *, tokens=TOKENS, layers=LAYERS, chunk_size=None):
+    """Temporary memory of a gradient. `layer` is a save policy, "pallas", or one of NOT_OURS."""
+    if layer in NOT_OURS:
+        config = make_config(preset)
+    elif layer == "pallas":
+        config = make_config(preset, implementation="pallas")
     else:
-        settings = config(preset) if layer in OTHERS else config(preset, layer, chunk_size)
-    function = STACKS[stack](OTHERS.get(layer) or apply(settings))
-    x = stream(settings, tokens)
-    arguments = (params(settings), x, x) if stack == "one" else (params(settings, layers), x)
-    options = None if triton is None else {"xla_gpu_enable_triton_gemm": triton}
-    return compile_for(target, function, *arguments, compiler_options=options).temp_bytes
+        config = make_config(preset, save=layer, chunk_size=chunk_size)
+    sizes = {"tokens": tokens, "layers": layers, "triton": triton}
+    return compile_gradient(target, stack, config, NOT_OURS.get(layer), **sizes).temp_bytes

@@ -1,1 +1,1 @@
-"""What scripts/benchmark.py measures: time, accuracy, memory."""
+"""The parts of scripts/benchmark.py: time, accuracy and memory of the feed-forward, and their figure."""

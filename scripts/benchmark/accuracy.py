@@ -1,7 +1,7 @@
-"""Relative L2 error in bfloat16 against the float64 oracle of the tests, beside the floor that rounding sets.
+"""Relative L2 error in bfloat16 against the float64 oracle of the tests, and the error that rounding alone makes.
 
-`floor` is the oracle with each array that has to be stored (h, y, the gradients of gate and up, each result) rounded
-to bfloat16 once.
+The row `floor` is the oracle, with one rounding to bfloat16 of each array that must be stored: h, y, the gradients of
+gate and up, and each result.
 """
 
 import functools
@@ -23,7 +23,7 @@ CONTESTANTS = {
 
 
 def measure(config: gemma_mlp.MLPConfig, tokens: int):
-    """Yields a row for the floor and for each contestant, one of them in memory at a time."""
+    """Yields a row for the floor and for each contestant. Only one contestant is in memory at a time."""
     rng = np.random.default_rng(0)
     arrays = samples.mlp_arrays(rng, config.embed_dim, config.hidden_dim, use_bias=False)
     x, dy = (samples.normal(rng, (tokens, config.embed_dim)) for _ in range(2))

@@ -1,29 +1,27 @@
-"""The benchmark as a picture: time as a ratio to the bare products, memory by compiler."""
+"""Draws the benchmark: times relative to the bare matmuls, and memory by compiler."""
 
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
+from matplotlib.figure import Figure
 
 
 def draw(path: Path, report: dict) -> None:
-    """One panel for each dtype and pass that was timed, and one for the memory of the scanned stack."""
+    """Draws one panel for each dtype and pass that was timed, and one for the memory of the scanned stack."""
     panels = sorted({(row["dtype"], row["pass"]) for row in report.get("time", [])})
     memory = [row for row in report.get("memory", []) if row["stack"] == "scanned"]
     count = len(panels) + bool(memory)
     if count == 0:
         return
-    figure, axes = plt.subplots(1, count, figsize=(5 * count, 4.5), layout="constrained", squeeze=False)
+    figure = Figure(figsize=(5 * count, 4.5), layout="constrained")
+    axes = figure.subplots(1, count, squeeze=False)
     for (dtype, which), panel in zip(panels, axes[0]):
         rows = [row for row in report["time"] if (row["dtype"], row["pass"]) == (dtype, which)]
         for name in (name for name in rows[0] if name in ("ours", "input", "gate_up", "plain", "pallas", "torch")):
-            ratios = [row[name] / row["products"] for row in rows]
+            ratios = [row[name] / row["matmuls"] for row in rows]
             panel.plot([row["tokens"] for row in rows], ratios, marker="o", label=name)
-        panel.axhline(1, color="gray", linestyle="--", label="bare products")
+        panel.axhline(1, color="gray", linestyle="--", label="bare matmuls")
         panel.set(
-            title=f"{which}, {dtype}", xlabel="tokens", ylabel="time / bare products", xscale="log", ylim=(0, None)
+            title=f"{which}, {dtype}", xlabel="tokens", ylabel="time / bare matmuls", xscale="log", ylim=(0, None)
         )
         panel.legend()
     if memory:
@@ -39,4 +37,3 @@ def draw(path: Path, report: dict) -> None:
         panel.set(title="gradient of a scanned stack", ylabel="temporary memory, MiB")
         panel.legend()
     figure.savefig(path, dpi=110)
-    plt.close(figure)

@@ -1,15 +1,13 @@
-"""Temporary memory of the feed-forward's gradient, from the compilers themselves, in bfloat16.
+"""Temporary memory of the feed-forward's gradient in bfloat16, as the compilers report it.
 
-One layer, a stack under scan and an unrolled one. `plain` is the formula as JAX differentiates it, `remat` the same
-under `jax.checkpoint`, `pallas` the package's kernels.
+There are three stacks: one layer, several layers under scan, and several layers unrolled. The layer `plain` is the
+formula as JAX differentiates it, `remat` is `plain` under `jax.checkpoint`, and `pallas` uses the package's kernels.
 """
 
-import jax
-
 from gemma_mlp import aot
-from gemma_mlp.testing.stacks import MIB, STACKS, stack_bytes
+from gemma_mlp.testing.stacks import MIB, STACKS, gradient_bytes
 
-# Name of a column: (target, whether the H200's products go through Triton or through cuBLASLt).
+# Name of a column: (target, do the H200's matmuls go through Triton or through cuBLASLt?).
 COMPILERS = {
     "CPU": ("cpu", None),
     "v5e": ("tpu v5e:2x2", None),
@@ -21,7 +19,7 @@ COMPILERS = {
 
 
 def compilers():
-    """The columns of COMPILERS whose compiler is installed, and for each of the others why it is not there."""
+    """(the columns whose compiler is installed, for each other column the reason why it is missing)."""
     found, missing = {}, {}
     for name, (target, triton) in COMPILERS.items():
         try:
@@ -33,7 +31,7 @@ def compilers():
 
 
 def measure(preset, compilers, *, tokens, layers, chunk_size):
-    """Yields a row for each stack of each layer: MiB by column, None where the program does not fit the chip."""
+    """Yields a row for each stack of each kind of layer: MiB by column, None if the program does not fit the chip."""
     cells = [("plain", None), ("remat", None), ("gate_up", None), ("input", None), ("input", chunk_size)]
     kernels = {column: compiler for column, compiler in compilers.items() if compiler[0] != "cpu"}
     if kernels:
@@ -44,9 +42,7 @@ def measure(preset, compilers, *, tokens, layers, chunk_size):
             for column, (target, triton) in (kernels if layer == "pallas" else compilers).items():
                 options = {"tokens": tokens, "layers": layers, "chunk_size": chunk}
                 try:
-                    row[column] = stack_bytes(target, stack, layer, preset, triton, **options) / MIB
-                except jax.errors.JaxRuntimeError as error:
-                    if "RESOURCE_EXHAUSTED" not in str(error):
-                        raise
+                    row[column] = gradient_bytes(target, stack, layer, preset, triton, **options) / MIB
+                except aot.DoesNotFit:
                     row[column] = None
             yield row

@@ -1,10 +1,12 @@
-"""Time of the forward pass and of value and gradient, beside the bare products of the same sizes, in one run.
+"""Times the forward pass, and value and gradient, against the bare matmuls of the same sizes.
 
-The contestants take turns, each figure is the median of all rounds, and what counts is a row's ratio to `products`: the
-three products of the forward pass, the nine of value and gradient, each in the fastest of its forms that accumulate
-in float32, with nothing between them. On a machine with PyTorch and transformers, Hugging Face's module takes part.
+The contestants take turns in one run, and each time is the median of all rounds. What counts is the ratio to
+`matmuls`: three matmuls for the forward pass, nine for value and gradient, with no work between them. Each of them is
+written in the fastest way that accumulates in float32. If PyTorch and transformers are installed, Hugging Face's module
+takes part as `torch`.
 """
 
+import dataclasses
 import functools
 import statistics
 import time
@@ -16,17 +18,16 @@ import jax.numpy as jnp
 import gemma_mlp
 from gemma_mlp.testing.stacks import plain
 
-NO_TRANSPOSE, TRANSPOSE_WEIGHT, OVER_TOKENS = (1, 0), (1, 1), (0, 0)  # the contracted axis of each operand
+# The axes over which the two operands of a matmul are contracted.
+NO_TRANSPOSE, TRANSPOSE_WEIGHT, OVER_TOKENS = (1, 0), (1, 1), (0, 0)
 
 
 def measure(config: gemma_mlp.MLPConfig, dtype: str, tokens: int, rounds: int):
-    """Yields a row for the forward pass and one for value and gradient: milliseconds by contestant."""
-    keys = jax.random.split(jax.random.key(0), 3)
-    shape = (tokens, config.embed_dim)
-    params = jax.jit(lambda key: jax.tree.map(lambda a: a.astype(dtype), gemma_mlp.MLPParams.init(config, key)))(
-        keys[0]
-    )
-    x, dy = (jax.random.normal(key, shape, dtype) for key in keys[1:])
+    """Yields one row for the forward pass and one for value and gradient: milliseconds by contestant."""
+    param_key, *keys = jax.random.split(jax.random.key(0), 3)
+    config = dataclasses.replace(config, param_dtype=dtype)
+    params = jax.jit(functools.partial(gemma_mlp.MLPParams.init, config))(param_key)
+    x, dy = (jax.random.normal(key, (tokens, config.embed_dim), dtype) for key in keys)
     layers = {
         "input": functools.partial(gemma_mlp.feed_forward, save="input"),
         "gate_up": functools.partial(gemma_mlp.feed_forward, save="gate_up"),
@@ -34,23 +35,29 @@ def measure(config: gemma_mlp.MLPConfig, dtype: str, tokens: int, rounds: int):
     }
     if kernels_refuse(config, dtype) is None:
         layers["pallas"] = functools.partial(gemma_mlp.feed_forward, implementation="pallas")
-    torch_forward, torch_gradient = hugging_face(params, x, dy) or (None, None)
-    forward, gradient = products(params, x)
+    forward, gradient = bare_matmuls(params, x)
+    peer = hugging_face(params, x, dy)
 
-    contestants = {"products": forward, "ours": jitted(layers["input"], params, x), "plain": jitted(plain, params, x)}
-    contestants |= {name: jitted(layer, params, x) for name, layer in layers.items() if name == "pallas"}
-    yield {"pass": "forward", **race(contestants | named("torch", torch_forward), rounds)}
+    # The forward pass is the same for both save policies: `ours`.
+    contestants = {"matmuls": forward, "ours": jitted(layers["input"], params, x), "plain": jitted(plain, params, x)}
+    if "pallas" in layers:
+        contestants["pallas"] = jitted(layers["pallas"], params, x)
+    if peer:
+        contestants["torch"] = peer[0]
+    yield {"pass": "forward", **race(contestants, rounds)}
 
-    contestants = {"products": gradient}
+    contestants = {"matmuls": gradient}
     contestants |= {name: jitted(value_and_gradient(layer), params, x, dy) for name, layer in layers.items()}
-    yield {"pass": "gradient", **race(contestants | named("torch", torch_gradient), rounds)}
+    if peer:
+        contestants["torch"] = peer[1]
+    yield {"pass": "gradient", **race(contestants, rounds)}
 
 
 def kernels_refuse(config: gemma_mlp.MLPConfig, dtype: str) -> str | None:
-    """Why `implementation="pallas"` does not serve a case on this device; None where it does."""
-    shapes = jax.eval_shape(lambda: gemma_mlp.MLPParams.init(config, jax.random.key(0)))
-    params = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), shapes)
-    x = jax.ShapeDtypeStruct((1, config.embed_dim), dtype)  # any number of tokens is served, or none
+    """Why the kernels refuse this config on this device, or None if they accept it."""
+    config = dataclasses.replace(config, param_dtype=dtype)
+    params = jax.eval_shape(lambda: gemma_mlp.MLPParams.init(config, jax.random.key(0)))
+    x = jax.ShapeDtypeStruct((1, config.embed_dim), dtype)  # the answer does not depend on the number of tokens
     try:
         jax.eval_shape(functools.partial(gemma_mlp.feed_forward, implementation="pallas"), params, x)
     except ValueError as error:
@@ -58,24 +65,26 @@ def kernels_refuse(config: gemma_mlp.MLPConfig, dtype: str) -> str | None:
 
 
 def work(config: gemma_mlp.MLPConfig, dtype: str, tokens: int, which: str) -> tuple[int, int]:
-    """FLOPs of the products, and the bytes that have to be moved: weights, input, output, and their gradients."""
+    """(FLOPs of the matmuls, bytes that must be moved), where `which` is "forward" or "gradient".
+
+    The bytes are those of the weights, the input, the output, and their gradients.
+    """
     weights = 3 * config.embed_dim * config.hidden_dim
-    stream = tokens * config.embed_dim
-    flops, numbers = 2 * tokens * weights, weights + 2 * stream
-    factor = (1, 1) if which == "forward" else (3, 2)
-    return factor[0] * flops, factor[1] * numbers * jnp.dtype(dtype).itemsize
+    flops, numbers = 2 * tokens * weights, weights + 2 * tokens * config.embed_dim
+    flops_factor, bytes_factor = (1, 1) if which == "forward" else (3, 2)
+    return flops_factor * flops, bytes_factor * numbers * jnp.dtype(dtype).itemsize
 
 
 def ceiling(dtype: str, rounds: int) -> dict[str, float]:
-    """What this device reaches at its best: TFLOP/s of a square product, GB/s of reading a large array."""
+    """The best that this device reaches: TFLOP/s of a large square matmul, GB/s of reading a large array."""
     on_cpu = jax.default_backend() == "cpu"
     side, length = (2048, 2**26) if on_cpu else (8192, 2**30)
     a, b = jnp.ones((2, side, side), dtype)
     long = jnp.ones(length, dtype)
-    product = jitted(lambda a, b: jnp.dot(a, b, preferred_element_type=jnp.float32), a, b)
-    times = race({"product": product, "read": jitted(jnp.max, long)}, rounds)
+    matmul = jitted(lambda a, b: jnp.dot(a, b, preferred_element_type=jnp.float32), a, b)
+    times = race({"matmul": matmul, "read": jitted(jnp.max, long)}, rounds)
     return {
-        "TFLOP/s": 2 * side**3 / times["product"] / 1e9,
+        "TFLOP/s": 2 * side**3 / times["matmul"] / 1e9,
         "GB/s": long.nbytes / times["read"] / 1e6,
     }
 
@@ -88,33 +97,35 @@ def value_and_gradient(layer):
     return compute
 
 
-def products(params, x) -> tuple[Callable, Callable]:
-    """The three products of the forward pass, and the nine of value and gradient, on arrays of the right shapes."""
+def bare_matmuls(params, x) -> tuple[Callable, Callable]:
+    """The three matmuls of the forward pass, and the nine of value and gradient, on arrays of the right shapes."""
     h = jnp.ones((x.shape[0], params.gate_proj.shape[1]), x.dtype)
     up, down = (x, params.gate_proj), (h, params.down_proj)
     forward = [fastest(*up, NO_TRANSPOSE)] * 2 + [fastest(*down, NO_TRANSPOSE)]
     backward = (
         [fastest(x, params.down_proj, TRANSPOSE_WEIGHT)]  # dh
         + [fastest(h, params.gate_proj, TRANSPOSE_WEIGHT)] * 2  # dx
-        + [fastest(x, h, OVER_TOKENS)] * 2  # of the gate's and up's weights
-        + [fastest(h, x, OVER_TOKENS)]  # of the down projection's
+        + [fastest(x, h, OVER_TOKENS)] * 2  # gradients of gate_proj and up_proj
+        + [fastest(h, x, OVER_TOKENS)]  # gradient of down_proj
     )
     return in_turn(forward), in_turn(forward + backward)
 
 
 def fastest(a, b, axes) -> Callable:
-    """The fastest form of one product."""
+    """The fastest way to write one matmul."""
     forms = [jitted(form, a, b) for form in forms_of(a, b, axes)]
     times = [race({"form": form}, 3)["form"] for form in forms]
     return forms[times.index(min(times))]
 
 
 def forms_of(a, b, axes):
+    """Yields functions of (a, b) that compute the same matmul and accumulate in float32."""
+
     def dot(a, b, axes, dtype):
         dimensions = (((axes[0],), (axes[1],)), ((), ()))
         return jax.lax.dot_general(a, b, dimensions, preferred_element_type=dtype)
 
-    # On a CPU a product whose result is bfloat16 need not have been accumulated in float32.
+    # A CPU may accumulate in bfloat16 if the result is bfloat16, so there only float32 results count.
     for dtype in {jnp.float32, a.dtype if jax.default_backend() != "cpu" else jnp.float32}:
         yield lambda a, b, dtype=dtype: dot(a, b, axes, dtype)
         yield lambda a, b, dtype=dtype: dot(b, a, axes[::-1], dtype).T
@@ -123,21 +134,21 @@ def forms_of(a, b, axes):
 
 
 def in_turn(calls) -> Callable:
-    """Runs products one after the other; a CPU would otherwise run them at the same time."""
+    """Runs matmuls one after the other. Without waiting, a CPU runs them at the same time."""
     wait = jax.block_until_ready if jax.default_backend() == "cpu" else lambda result: result
     return lambda: [wait(call()) for call in calls]
 
 
 def jitted(function, *args) -> Callable:
+    """A function of no arguments that runs the compiled `function` on `args`."""
     return functools.partial(jax.jit(function), *args)
 
 
-def named(name, contestant):
-    return {} if contestant is None else {name: contestant}
-
-
 def race(contestants: dict[str, Callable], rounds: int) -> dict[str, float]:
-    """Median milliseconds of a call, with as many calls in flight as take about 20 ms."""
+    """Median milliseconds of a call, by contestant.
+
+    On an accelerator each measurement makes enough calls to take about 20 ms, and waits for the last one.
+    """
     repeats = {}
     for name, call in contestants.items():
         jax.block_until_ready(call())  # compiles
@@ -145,13 +156,13 @@ def race(contestants: dict[str, Callable], rounds: int) -> dict[str, float]:
     times = {name: [] for name in contestants}
     for _ in range(rounds):
         for name, call in contestants.items():
-            jax.block_until_ready(call())  # so that it finds in the caches what it leaves there, not what others do
+            jax.block_until_ready(call())  # the caches then hold this contestant's data, not that of the one before
             times[name].append(clock(call, repeats[name]))
     return {name: 1000 * statistics.median(seconds) for name, seconds in times.items()}
 
 
 def clock(call, repeats) -> float:
-    """Seconds of a call, results waited for."""
+    """Seconds of one call, averaged over `repeats` calls, including the wait for the results."""
     start = time.perf_counter()
     result = call()
     for _ in range(repeats - 1):
@@ -161,7 +172,7 @@ def clock(call, repeats) -> float:
 
 
 def hugging_face(params, x, dy) -> tuple[Callable, Callable] | None:
-    """Gemma2MLP on PyTorch with the same weights and input, forward and value and gradient; None if not installed."""
+    """Gemma2MLP on PyTorch, with the same weights and input: (forward, value and gradient). None if not installed."""
     if jax.default_backend() != "cpu":
         return None  # JAX and PyTorch would share the device's memory
     try:

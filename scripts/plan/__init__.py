@@ -1,1 +1,1 @@
-"""What scripts/plan.py does: the program it compiles, the chips' figures, the search."""
+"""The parts of scripts/plan.py: the chips, the program to compile, what one attempt found, and the search."""

@@ -1,6 +1,5 @@
-"""Compiles a case and says what it takes: memory, transfers by kind and mesh axes, FLOPs, a roofline estimate."""
+"""Compiles one case and reports its memory, its transfers by kind and mesh axes, its FLOPs and a roofline estimate."""
 
-import re
 from collections.abc import Iterable
 from typing import Any
 
@@ -10,17 +9,15 @@ from jax.sharding import Mesh
 from meshes import AXES
 
 from gemma_mlp import aot
-from gemma_mlp.aot.hlo import Collective
 from plan.chips import Chip
 from plan.stack import LAYERS, Case, build
 
-UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}  # XLA's, in its errors
-
 
 def attempt(case: Case, chip: Chip, target: str) -> dict[str, Any]:
-    """What `case` takes on chips of `target`, in :mod:`gemma_mlp.aot`'s words: a row for JSON.
+    """Compiles `case` for `target`, a target of :func:`gemma_mlp.aot.compile_for`, and returns a row for plan.json.
 
-    Bytes, FLOPs and seconds are per chip and run. A case that does not fit has `fits` False and `needed_bytes`.
+    Bytes, FLOPs and seconds are per chip and per run. If the compiler refuses a case because it does not fit, its row
+    ends with `fits` (False) and `needed_bytes`.
 
     Raises:
       ValueError: if the mesh does not divide the sizes.
@@ -32,8 +29,8 @@ def attempt(case: Case, chip: Chip, target: str) -> dict[str, Any]:
     try:
         with jax.set_mesh(mesh):
             compiled = aot.compile_for(target, function, *arguments, donate_argnums=donated)
-    except jax.errors.JaxRuntimeError as error:
-        return row | {"fits": False, "needed_bytes": needed_bytes(error)}
+    except aot.DoesNotFit as error:
+        return row | {"fits": False, "needed_bytes": error.needed_bytes}
     bytes_of = {
         "arguments": compiled.argument_bytes,
         "results": compiled.output_bytes - compiled.alias_bytes,
@@ -59,16 +56,11 @@ def attempt(case: Case, chip: Chip, target: str) -> dict[str, Any]:
     }
 
 
-def needed_bytes(error: Exception) -> float:
-    """How much the compiler says that a program too large for the chip needs. Any other error goes on."""
-    found = re.search(r"total memory required [^(]*\(([\d.]+)([KMGT]?)\)", str(error))
-    if "RESOURCE_EXHAUSTED" not in str(error) or found is None:
-        raise error
-    return float(found[1]) * UNITS[found[2]]
+def transfers(collectives: Iterable[aot.Collective], mesh: tuple[int, ...]) -> list[dict[str, Any]]:
+    """The transfers of one run, summed by kind and mesh axes; the largest come first.
 
-
-def transfers(collectives: Iterable[Collective], mesh: tuple[int, ...]) -> list[dict[str, Any]]:
-    """The transfers of a run, summed by kind and axes, largest first; `at_least` where a loop's turns are not known."""
+    A sum is `at_least` if one of its transfers is in a loop whose number of turns is not known.
+    """
     sums: dict[tuple[str, str], dict[str, Any]] = {}
     for each in collectives:
         axes, times = axes_of(each.groups, mesh), each.times or 1
@@ -82,7 +74,7 @@ def transfers(collectives: Iterable[Collective], mesh: tuple[int, ...]) -> list[
 
 
 def axes_of(groups: tuple[tuple[int, ...], ...], mesh: tuple[int, ...]) -> str:
-    """The mesh axes along which the chips of a group differ; XLA counts chips in the order of the mesh."""
+    """The names of the mesh axes along which the chips of a group differ. XLA numbers chips in the mesh's order."""
     places = [np.stack(np.unravel_index(group, mesh)) for group in groups]
     differs = np.any([(place != place[:, :1]).any(axis=1) for place in places], axis=0)
     return ", ".join(np.array(AXES)[differs])

@@ -1,54 +1,70 @@
-"""The chips' published figures. All speeds are per chip and per second; links count in one direction."""
+"""The published numbers of each chip. All speeds are per chip and per second; links count in one direction."""
 
 import math
 import re
 from dataclasses import dataclass
 
-from gemma_mlp.aot.compilers import HOST
+from gemma_mlp.aot import H200S_PER_HOST
 from gemma_mlp.checks import require
 
 
 @dataclass(frozen=True)
 class Chip:
-    """hbm_bytes: what a program may use. flops: dense bfloat16. link_speed: all of a chip's links at once."""
+    """One chip.
+
+    Attributes:
+      hbm_bytes: the memory that a program may use.
+      flops: FLOP/s of dense bfloat16 matmuls.
+      hbm_speed: bytes/s of its memory.
+      link_speed: bytes/s that it sends over all its links together.
+      host: how many chips the links connect. None if they connect all chips.
+      network_speed: bytes/s that a chip sends over the network to other hosts.
+    """
 
     hbm_bytes: float
     flops: float
     hbm_speed: float
     link_speed: float
-    host: int | None = None  # chips that the links join; beyond them there is network_speed; None: all
+    host: int | None = None
     network_speed: float = 0
 
     def speed_within(self, groups: tuple[tuple[int, ...], ...]) -> float:
-        """The most that a chip can send in these groups: its links or, across hosts, its host's network cards."""
+        """The most bytes/s that a chip can send to the other chips of its group.
+
+        A group within one host uses the links. A group across hosts uses the network cards of its chips in each host.
+        """
         if self.host is None:
             return self.link_speed
         hosts = [len({chip // self.host for chip in group}) for group in groups]
-        crossing = [len(group) / count for group, count in zip(groups, hosts) if count > 1]  # members of a host
-        return min([self.link_speed, *(self.network_speed * members for members in crossing)])
+        cards = [len(group) / count for group, count in zip(groups, hosts) if count > 1]  # in each host
+        return min([self.link_speed, *(self.network_speed * count for count in cards)])
 
 
-# TPUs: cloud.google.com/tpu/docs/v5e, /v5p, /v6e, "key specifications": peak bfloat16, HBM bandwidth and, halved, the
-# bidirectional inter-chip interconnect bandwidth of 400, 1200 and 800 GB/s. Of their 16, 96 and 32 GiB of HBM, libtpu
-# 0.0.52 gives programs what its RESOURCE_EXHAUSTED errors call available.
-# H200: NVIDIA's data sheet: 141 GB, 1979 TFLOP/s with sparsity, which is half of it without, 4.8 TB/s, NVLink of 900
-# GB/s, which counts both directions. DGX H200's data sheet: eight 400 Gbit/s network cards for eight chips.
+# TPUs: "key specifications" of cloud.google.com/tpu/docs/v5e, /v5p and /v6e. The links are half of the bidirectional
+# inter-chip bandwidth of 400, 1200 and 800 GB/s. The memory is what the errors of libtpu 0.0.52 call available, of 16,
+# 96 and 32 GiB.
+# H200: NVIDIA's data sheet has 141 GB, 4.8 TB/s, 1979 TFLOP/s with sparsity (half without), and NVLink of 900 GB/s in
+# both directions together. The DGX H200 data sheet has eight network cards of 400 Gbit/s for eight chips.
 CHIPS = {
     "v5e": Chip(hbm_bytes=15.75 * 2**30, flops=197e12, hbm_speed=819e9, link_speed=200e9),
     "v5p": Chip(hbm_bytes=95.73 * 2**30, flops=459e12, hbm_speed=2765e9, link_speed=600e9),
     "v6e": Chip(hbm_bytes=31.24 * 2**30, flops=918e12, hbm_speed=1640e9, link_speed=400e9),
-    "h200": Chip(141e9, flops=989.5e12, hbm_speed=4.8e12, link_speed=450e9, host=HOST, network_speed=50e9),
+    "h200": Chip(141e9, flops=989.5e12, hbm_speed=4.8e12, link_speed=450e9, host=H200S_PER_HOST, network_speed=50e9),
 }
 
 
 def parse(target: str) -> tuple[Chip, int, str]:
-    """The chip of a target such as "v5e:16x16" or "h200:8", how many there are, and :mod:`gemma_mlp.aot`'s name."""
+    """Reads a target such as "v5e:16x16" or "h200:8".
+
+    Returns:
+      The chip, the number of chips, and the target as :func:`gemma_mlp.aot.compile_for` takes it.
+    """
     name, _, shape = target.partition(":")
     require(
         name in CHIPS and re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", shape) is not None,
-        f"A target is a chip, of {', '.join(CHIPS)}, and a topology.",
+        f"A target must be CHIP:TOPOLOGY, where the chip is one of {', '.join(CHIPS)}.",
         repr(target),
-        "v5e:16x16, v5p:8x8x8, v6e:16x16 and h200:8 are examples.",
+        "examples are v5e:16x16, v5p:8x8x8, v6e:16x16 and h200:8.",
     )
     count = math.prod(map(int, shape.split("x")))
     return CHIPS[name], count, f"h200:{count}" if name == "h200" else f"tpu {target}"

@@ -1,4 +1,4 @@
-"""Which meshes, rules and save policies to try, and which of those that fit is best."""
+"""Lists the meshes, sharding rules and save policies to try, and ranks those that fit."""
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator
@@ -8,8 +8,8 @@ from gemma_mlp import PRESETS
 from plan.stack import SAVES, Case
 
 
-def meshes(count: int, preset: str, tokens: int) -> list[tuple[int, int, int]]:
-    """Every way to make `count` of three axes that divide the sizes of `preset`; least of tensor first."""
+def all_meshes(count: int, preset: str, tokens: int) -> list[tuple[int, int, int]]:
+    """All meshes (data, fsdp, tensor) of `count` chips that divide the sizes of `preset`; small tensor axes first."""
     config = PRESETS[preset]
     sizes = [size for size in range(1, count + 1) if count % size == 0]
     divided = ((count // (fsdp * tensor), fsdp, tensor) for tensor in sizes for fsdp in sizes)
@@ -24,7 +24,10 @@ def meshes(count: int, preset: str, tokens: int) -> list[tuple[int, int, int]]:
 
 
 def cases(choices: Iterable[tuple[int, int, int]], preset: str, program: str, tokens: int) -> list[list[Case]]:
-    """The cases to try, in lists from the leanest save policy on; without a tensor axis both rules are the same."""
+    """One list of cases for each mesh and sharding rule, in which the policy that saves least comes first.
+
+    Without a tensor axis the two sharding rules are the same, so only one is tried.
+    """
     saves = SAVES if program == "train" else ("block",)
     return [
         [Case(preset, program, mesh, tokens, save, sequence_parallel) for save in saves]
@@ -34,7 +37,7 @@ def cases(choices: Iterable[tuple[int, int, int]], preset: str, program: str, to
 
 
 def search(ladders: list[list[Case]], attempt: Callable[[Case], dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """Yields a row for each case; once a policy does not fit, those that keep more are `skipped`."""
+    """Yields a row for each case. Once a policy does not fit, the policies that save more are `skipped`."""
     for ladder in ladders:
         skipped = None
         for case in ladder:
@@ -47,16 +50,16 @@ def search(ladders: list[list[Case]], attempt: Callable[[Case], dict[str, Any]])
 
 
 def ranked(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Those that fit, by the roofline's tokens per second to three digits, then by memory."""
+    """The rows that fit. More tokens per second (rounded to three digits) come first, then less memory."""
     fitting = (row for row in rows if row["fits"])
     return sorted(fitting, key=lambda row: (-float(f"{row['roofline_tokens_per_second']:.2e}"), row["needed_bytes"]))
 
 
 def nothing_fits(rows: Iterable[dict[str, Any]], target: str, hbm_bytes: float) -> str:
-    """What to say where no row fits."""
+    """The message for the case that no row fits."""
     least = min((row for row in rows if "needed_bytes" in row), key=lambda row: row["needed_bytes"])
     return (
-        f"Nothing fits {target}: of {hbm_bytes / 2**30:.2f} GiB a chip, at least "
-        f"{least['needed_bytes'] / 2**30:.2f} GiB are needed, by {least['case']}. "
-        "Fix: more chips, chips with more memory, fewer tokens, or a mesh with more of fsdp or tensor."
+        f"Nothing fits {target}: a chip has {hbm_bytes / 2**30:.2f} GiB, and the leanest case needs "
+        f"{least['needed_bytes'] / 2**30:.2f} GiB, {least['case']}. "
+        "Fix: take more chips, chips with more memory, fewer tokens, or a mesh with more fsdp or tensor."
     )

@@ -1,4 +1,7 @@
-"""The program that is planned: the MLP blocks of all layers under scan, forward or a training step with AdamW."""
+"""The program that is planned: the MLP blocks of all layers under scan, as a forward pass or as a training step.
+
+The training step computes the gradient and applies AdamW. Parameters and moments are float32, matmuls bfloat16.
+"""
 
 import dataclasses
 import functools
@@ -12,7 +15,6 @@ import optax
 from jax.sharding import Mesh
 
 from gemma_mlp import PRESETS, MLPBlockParams, MLPConfig, mlp_block, sharding
-from gemma_mlp.params import LeafSpec
 
 PROGRAMS = ("train", "forward")
 
@@ -21,26 +23,27 @@ LAYERS = {
     "gemma1_2b": 18, "gemma1_7b": 28,
     # Gemma 2 report (arXiv:2408.00118), table 1.
     "gemma2_2b": 26, "gemma2_9b": 42, "gemma2_27b": 46,
-    # Gemma 3: `num_hidden_layers` of the released text configs.
+    # Gemma 3: `num_hidden_layers` in the released text configs.
     "gemma3_270m": 18, "gemma3_1b": 26, "gemma3_4b": 34, "gemma3_12b": 48, "gemma3_27b": 62,
 }  # fmt: skip
 
 
 class Saved(NamedTuple):
-    """What a layer keeps for the backward pass beside its input, and the products of a training step for it."""
+    """What each layer saves for the backward pass, in addition to its input."""
 
-    save: Any  # of the MLP's own backward pass
-    names: tuple[str, ...]  # the tags that jax.checkpoint keeps around the block
-    products: int
+    save: Any  # the save policy of the MLP itself
+    names: tuple[str, ...]  # the tags that jax.checkpoint saves around the block
+    matmuls: int  # of one layer in a training step
 
 
-# Leanest first. The forward pass has three products, the backward pass six; gate and up again are two, y another.
+# The policy that saves least comes first. The forward pass has three matmuls and the backward pass six. Recomputing
+# gate and up takes two more; recomputing the whole MLP, for the norm after it, takes another three.
 SAVES = {
     "block": Saved("input", (), 3 + 6 + 5),
     "input": Saved("input", ("mlp_out",), 3 + 6 + 2),
     "gate_up": Saved("gate_up", ("mlp_out", "mlp_gate", "mlp_up"), 3 + 6),
 }
-FORWARD_PRODUCTS = 3
+FORWARD_MATMULS = 3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,12 +51,12 @@ class Case:
     """One program to plan.
 
     Attributes:
-      preset: of `gemma_mlp.PRESETS`.
+      preset: a name in `gemma_mlp.PRESETS`.
       program: `train` or `forward`.
-      mesh: sizes of data, fsdp and tensor.
-      tokens: of the one sequence that each row of devices along data and fsdp has.
-      save: of SAVES.
-      sequence_parallel: whether tensor splits the length outside of the feed-forward.
+      mesh: the sizes of the axes data, fsdp and tensor.
+      tokens: the length of a sequence. There is one sequence for each of data times fsdp.
+      save: a name in SAVES.
+      sequence_parallel: whether the tensor axis splits the residual stream's length, outside of the feed-forward.
     """
 
     preset: str
@@ -77,10 +80,10 @@ class Case:
         return data * fsdp * self.tokens
 
     def flops(self) -> int:
-        """Of the products, on each chip: 2 D F for each product of each token; norms and the optimizer are left out."""
-        products = SAVES[self.save].products if self.program == "train" else FORWARD_PRODUCTS
+        """FLOPs of the matmuls on each chip: 2 D F for each token and matmul. Norms and the optimizer do not count."""
+        matmuls = SAVES[self.save].matmuls if self.program == "train" else FORWARD_MATMULS
         weight = self.config.embed_dim * self.config.hidden_dim
-        return 2 * weight * products * LAYERS[self.preset] * self.tokens // self.mesh[2]
+        return 2 * weight * matmuls * LAYERS[self.preset] * self.tokens // self.mesh[2]
 
     def __str__(self):
         mesh = ",".join(f"{axis}={size}" for axis, size in zip(meshes.AXES, self.mesh))
@@ -88,29 +91,25 @@ class Case:
 
 
 def build(case: Case, mesh: Mesh) -> tuple[Callable, tuple[Any, ...], tuple[int, ...]]:
-    """The function, its abstract arguments with their shardings, and which of them it is given for good.
+    """Makes the program of a case.
+
+    Returns:
+      The function, its abstract arguments with their shardings, and the positions of the arguments to donate.
 
     Raises:
       ValueError: if the mesh does not divide the sizes.
     """
     config = case.config
-    stacked = jax.tree.map(
-        lambda spec: LeafSpec((LAYERS[case.preset], *spec.shape), ("layers", *spec.axes), spec.init),
-        MLPBlockParams.specs(config),
-        is_leaf=lambda leaf: isinstance(leaf, LeafSpec),
-    )
-    shardings = sharding.named_shardings(stacked, mesh, (*case.rules, ("layers", None)))
-    params: Any = jax.tree.map(
-        lambda spec, place: jax.ShapeDtypeStruct(spec.shape, config.param_dtype, sharding=place),
-        stacked,
-        shardings,
-        is_leaf=lambda leaf: isinstance(leaf, LeafSpec),
+    specs = MLPBlockParams.specs(config, LAYERS[case.preset])
+    shardings = sharding.named_shardings(specs, mesh, (*case.rules, ("layers", None)))
+    params = jax.tree.map(
+        lambda place, spec: jax.ShapeDtypeStruct(spec.shape, config.param_dtype, sharding=place), shardings, specs
     )
     shape = (case.all_tokens // case.tokens, case.tokens, config.embed_dim)
     x = jax.ShapeDtypeStruct(shape, config.dtype, sharding=sharding.activation_sharding(shape, mesh, case.rules))
     if case.program == "forward":
         return _forward(case), (params, x), ()
-    optimizer = optax.adamw(1e-4)  # the rate costs nothing
+    optimizer = optax.adamw(1e-4)  # the learning rate does not change the program's size
     state = jax.tree.map(
         lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
         jax.eval_shape(optimizer.init, params),
@@ -122,7 +121,7 @@ def build(case: Case, mesh: Mesh) -> tuple[Callable, tuple[Any, ...], tuple[int,
 def _forward(case):
     policy = jax.checkpoint_policies.save_only_these_names(*SAVES[case.save].names)
 
-    @functools.partial(jax.checkpoint, policy=policy, prevent_cse=False)  # scan keeps the two passes apart
+    @functools.partial(jax.checkpoint, policy=policy, prevent_cse=False)  # scan separates the passes
     def layer(x, params):
         return mlp_block(params, x, case.config), None
 

@@ -1,4 +1,4 @@
-"""The TPU's and the H200's compilers themselves, on products whose figures are known."""
+"""The compilers of the TPUs and of the H200, on matmuls whose numbers are known."""
 
 import jax
 import jax.numpy as jnp
@@ -8,12 +8,13 @@ from jax.sharding import PartitionSpec as P
 
 from gemma_mlp import aot
 
+pytestmark = pytest.mark.needs_compilers
 X = jax.ShapeDtypeStruct((256, 512), "bfloat16")
 W = jax.ShapeDtypeStruct((512, 1024), "bfloat16")
 
 
 @pytest.mark.parametrize("target", ["tpu v5e:2x2", "tpu v5p:2x2x1", "tpu v6e:2x2", "h200"])
-def test_one_product_on_one_chip(target):
+def test_one_matmul_on_one_chip(target):
     compiled = aot.compile_for(target, jnp.dot, X, W)
     assert compiled.argument_bytes == 2 * (256 * 512 + 512 * 1024)
     assert compiled.output_bytes == 2 * 256 * 1024
@@ -33,5 +34,13 @@ def test_a_contraction_over_a_mesh_axis_is_one_all_reduce():
 
 
 def test_an_unknown_topology_is_explained():
-    with pytest.raises(ValueError, match="Received: 'tpu v5e:3x7'"):
+    with pytest.raises(ValueError, match=r"libtpu must know the topology.*'tpu v5e:3x7'"):
         aot.devices("tpu v5e:3x7")
+
+
+def test_a_program_that_does_not_fit_says_what_it_needs():
+    """40 GiB of arguments on a chip of 15.75 GiB."""
+    x = jax.ShapeDtypeStruct((20, 2**30), "bfloat16")
+    with pytest.raises(aot.DoesNotFit, match="must fit the memory of a chip") as error:
+        aot.compile_for("tpu v5e:2x2", jnp.sum, x)
+    assert 40 * 2**30 <= error.value.needed_bytes < 50 * 2**30

@@ -1,4 +1,4 @@
-"""Transfers between chips, read from programs written by hand and from one that this machine's compiler made."""
+"""Transfers between chips, found in programs written by hand and in one that this machine's compiler made."""
 
 import jax
 import jax.numpy as jnp
@@ -7,8 +7,7 @@ import pytest
 from jax.sharding import NamedSharding
 
 from gemma_mlp import aot
-from gemma_mlp.aot import hlo
-from gemma_mlp.aot.hlo import Collective
+from gemma_mlp.aot import Collective, hlo
 
 FLAT = """
 ENTRY %main (p0: bf16[8,16]) -> bf16[32,16] {
@@ -35,7 +34,7 @@ def test_kinds_and_bytes():
     )
 
 
-def test_those_that_a_program_asks_for_itself_share_a_channel():
+def test_transfers_of_shard_map_share_a_channel_and_all_count():
     text = """
 ENTRY %main (p0: bf16[8,16]) -> bf16[4,16] {
   %one = bf16[4,16]{1,0} reduce-scatter(%p0), channel_id=1, replica_groups={{0,1}}
@@ -45,8 +44,8 @@ ENTRY %main (p0: bf16[8,16]) -> bf16[4,16] {
     assert hlo.collectives(text) == (Collective("reduce-scatter", 128, ((0, 1),)),) * 2
 
 
-# A loop of 5 turns around one of 4: its counter starts at a constant that the outer loop carries, goes up by 2 in two
-# additions, and ends at 9. The outer one's transfer of channel 7 is spread over fusions, one of them in the inner loop.
+# A loop of 5 turns around a loop of 4. The inner counter starts at a constant that the outer loop carries, grows by 2
+# in two additions and ends at 9. The transfer of channel 7 is split over fusions, one of them in the inner loop.
 LOOPS = """
 %fused (p: f32[8]) -> f32[8] {
   %p = f32[8]{0} parameter(0)
@@ -127,7 +126,7 @@ def test_loops_within_loops_multiply():
         ("body=%inner_body", 'body=%inner_body, backend_config={"known_trip_count":{"n":"7"}}', 5 * 7),
     ],
 )
-def test_what_the_counter_says(old, new, permutes):
+def test_trip_counts_are_derived_from_the_counter(old, new, permutes):
     assert old in LOOPS
     assert times(LOOPS.replace(old, new)) == {"collective-permute": permutes, "all-gather": 5}
 
@@ -146,8 +145,8 @@ ENTRY %main (p: f32[8,4]) -> f32[2,4] {
 """
 
 
-def test_a_sum_of_which_each_chip_keeps_a_part():
-    """As TPU programs have their reduce-scatters."""
+def test_an_all_reduce_of_which_each_chip_keeps_a_shard_is_a_reduce_scatter():
+    """TPU programs write their reduce-scatters so."""
     assert hlo.collectives(SCATTERED) == (Collective("reduce-scatter", 2 * 4 * 4, ((0, 1, 2, 3),)),)
 
 
@@ -177,9 +176,9 @@ def test_groups_in_every_form(written, groups):
 
 
 def test_unknown_forms_are_explained():
-    with pytest.raises(ValueError, match=r"Groups are in a known form\. Received: .*<rows>"):
+    with pytest.raises(ValueError, match=r"Replica groups must be in a known form\..*<rows>"):
         hlo.collectives("ENTRY %main {\n  %y = f32[2] all-gather(%x), replica_groups=<rows>\n}")
-    with pytest.raises(ValueError, match="has an ENTRY"):
+    with pytest.raises(ValueError, match="must have an ENTRY"):
         hlo.collectives("module {}")
 
 
@@ -188,7 +187,7 @@ def test_unknown_forms_are_explained():
     [("all-gather", 75), ("all-to-all", 75), ("reduce-scatter", 300), ("all-reduce", 150), ("collective-permute", 100)],
 )
 def test_bytes_that_a_chip_sends(kind, sent):
-    """Of 100 bytes of result in a group of four."""
+    """The result has 100 bytes, the group four chips."""
     assert Collective(kind, 100, ((0, 1, 2, 3),)).sent_bytes == sent
 
 

@@ -1,4 +1,4 @@
-"""The errors and this machine's own compiler: neither needs another."""
+"""Targets, errors, and this machine's own compiler. These tests need no compiler of another chip."""
 
 from importlib import metadata
 
@@ -7,12 +7,12 @@ import pytest
 from jax.experimental import topologies
 
 from gemma_mlp import aot
-from gemma_mlp.aot import compilers as targets
+from gemma_mlp.aot import compilers
 
 
 @pytest.mark.parametrize("target", ["v5e:2x2", "tpu", "tpu v5e", "h100", "", "tpu v5e:2x", "h200:9", "h200:0"])
 def test_an_unknown_target_is_explained(target):
-    with pytest.raises(ValueError, match=r"A target is .*tpu v5e:2x2.* \"h200\" .* or \"cpu\"\. Received: "):
+    with pytest.raises(ValueError, match=r"A target must be .*tpu v5e:2x2.* \"h200\" .* or \"cpu\"\."):
         aot.compile_for(target, lambda x: x, jax.ShapeDtypeStruct((), "float32"))
 
 
@@ -31,27 +31,53 @@ def test_a_missing_compiler_is_explained(target, package, monkeypatch):
         raise metadata.PackageNotFoundError(name)
 
     monkeypatch.setattr(metadata, "version", version)
-    targets._topology.cache_clear()
-    with pytest.raises(ImportError, match=rf"{package} is not installed. Fix: pip install 'gemma-mlp\[aot\]'"):
+    compilers._topology.cache_clear()
+    with pytest.raises(ImportError, match=rf"{package} must be installed\. Fix: pip install 'gemma-mlp\[aot\]'"):
         aot.devices(target)
 
 
 def test_a_plugin_of_another_version_is_explained(monkeypatch):
     monkeypatch.setattr(metadata, "version", lambda name: "0.1.2")
-    targets._topology.cache_clear()
-    message = f"jax-cuda13-plugin 0.1.2 does not fit JAX {jax.__version__}. Fix: pip install jax-cuda13-plugin=="
+    compilers._topology.cache_clear()
+    message = rf"must have the version of JAX, {jax.__version__}\. Got: 0.1.2\. Fix: pip install jax-cuda13-plugin=="
     with pytest.raises(ImportError, match=message):
         aot.devices("h200")
 
 
 def test_a_plugin_that_did_not_start_is_explained(monkeypatch):
-    """As JAX leaves it where JAX_PLATFORMS does not keep it from looking for a GPU, and there are no CUDA libraries."""
+    """Unless JAX_PLATFORMS=cpu, JAX looks for a GPU, and without CUDA's libraries the plugin stays unstarted."""
 
     def get_topology_desc(**options):
         raise NotImplementedError("topology not implemented for cuda")
 
     monkeypatch.setattr(metadata, "version", lambda name: jax.__version__)
     monkeypatch.setattr(topologies, "get_topology_desc", get_topology_desc)
-    targets._topology.cache_clear()
+    compilers._topology.cache_clear()
     with pytest.raises(ImportError, match=r"not implemented for cuda\. Fix: set JAX_PLATFORMS=cpu before JAX starts"):
         aot.devices("h200")
+
+
+def compile_with_error(message, monkeypatch):
+    def fail(self, compiler_options=None):
+        raise jax.errors.JaxRuntimeError(message)
+
+    monkeypatch.setattr(jax.stages.Lowered, "compile", fail)
+    aot.compile_for("cpu", lambda x: x, jax.ShapeDtypeStruct((), "float32"))
+
+
+def test_a_program_that_does_not_fit_says_what_it_needs(monkeypatch):
+    """In the words of libtpu 0.0.52."""
+    message = (
+        "RESOURCE_EXHAUSTED: the total memory required for HLO temporaries (17.53G) exceeds available HBM (15.75G)."
+    )
+    with pytest.raises(aot.DoesNotFit, match=r"needs 17\.53 GiB") as error:
+        compile_with_error(message, monkeypatch)
+    assert error.value.needed_bytes == 17.53 * 2**30
+
+
+@pytest.mark.parametrize(
+    "message", ["INTERNAL: total memory required (1.00G)", "RESOURCE_EXHAUSTED: of something else"]
+)
+def test_any_other_error_of_a_compiler_is_passed_on(message, monkeypatch):
+    with pytest.raises(jax.errors.JaxRuntimeError, match=message.partition("(")[0]):
+        compile_with_error(message, monkeypatch)

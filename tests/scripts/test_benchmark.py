@@ -1,4 +1,4 @@
-"""The benchmark measures what it says: the products are the block's, the figures the compilers' and the oracle's."""
+"""The benchmark measures what it says: its matmuls are the layer's, and its tables and figure have all their rows."""
 
 import json
 import subprocess
@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from benchmark import memory, timing
 
-from gemma_mlp import MLPConfig, MLPParams
+from gemma_mlp import MLPConfig, MLPParams, aot
 
 ROOT = Path(__file__).parents[2]
 CONFIG = MLPConfig(16, 64)
@@ -20,7 +20,7 @@ AXES = [timing.NO_TRANSPOSE, timing.TRANSPOSE_WEIGHT, timing.OVER_TOKENS]
 
 @pytest.mark.parametrize("tokens", [1, 3])
 @pytest.mark.parametrize("axes", AXES, ids=str)
-def test_every_form_of_a_product_is_that_product(axes, tokens):
+def test_every_form_of_a_matmul_is_that_matmul(axes, tokens):
     rng = np.random.default_rng(0)
     a = rng.standard_normal((tokens, 8))
     b = rng.standard_normal({timing.NO_TRANSPOSE: (8, 4), timing.TRANSPOSE_WEIGHT: (4, 8)}.get(axes, (tokens, 4)))
@@ -31,14 +31,14 @@ def test_every_form_of_a_product_is_that_product(axes, tokens):
         np.testing.assert_allclose(form(jnp.float32(a), jnp.float32(b)), expected, rtol=1e-5, atol=1e-6)
 
 
-def test_three_products_forward_and_nine_in_all():
+def test_three_matmuls_forward_and_nine_in_all():
     params = MLPParams.init(CONFIG, jax.random.key(0))
-    forward, gradient = timing.products(params, jnp.ones((5, 16)))
-    hidden, stream, weight = (5, 64), (5, 16), (16, 64)
-    assert [a.shape for a in forward()] == [hidden, hidden, stream]
-    expected = [hidden, hidden, stream, hidden, stream, stream, weight, weight, weight[::-1]]
+    forward, gradient = timing.bare_matmuls(params, jnp.ones((5, 16)))
+    hidden, residual, weight = (5, 64), (5, 16), (16, 64)
+    assert [a.shape for a in forward()] == [hidden, hidden, residual]
+    expected = [hidden, hidden, residual, hidden, residual, residual, weight, weight, weight[::-1]]
     assert [a.shape for a in gradient()] == expected
-    # A product counts its FLOPs as 2 times its three sizes: nine of them are what `work` says of a gradient.
+    # A matmul takes 2 FLOPs times its three sizes. A gradient has nine matmuls.
     assert timing.work(CONFIG, "float32", 5, "gradient")[0] == 9 * 2 * 5 * 16 * 64
     assert timing.work(CONFIG, "bfloat16", 5, "forward") == (3 * 2 * 5 * 16 * 64, 2 * (3 * 16 * 64 + 2 * 5 * 16))
 
@@ -66,24 +66,43 @@ def test_memory_of_this_machines_compiler():
     assert scanned["input", None] < scanned["gate_up", None] < scanned["plain", None]
 
 
-@pytest.mark.slow
-def test_the_command(tmp_path):
+def test_a_program_that_does_not_fit_has_an_empty_cell(monkeypatch):
+    def gradient_bytes(*args, **options):
+        raise aot.DoesNotFit(2**40)
+
+    monkeypatch.setattr(memory, "gradient_bytes", gradient_bytes)
+    rows = list(memory.measure("gemma3_270m", {"CPU": ("cpu", None)}, tokens=1, layers=1, chunk_size=1))
+    assert len(rows) == 3 * 5 and all(row["CPU"] is None for row in rows)
+
+
+def run_benchmark(workdir, *settings):
+    """(standard output, report) of the command at a small size."""
+    small = ["preset=gemma3_270m", "tokens=(1,3)", "rounds=1", "accuracy_tokens=(3,)", "memory_tokens=128"]
+    flags = [f"--config.{setting}" for setting in (*small, f"workdir={workdir}", *settings)]
     command = [sys.executable, str(ROOT / "scripts" / "benchmark.py"), f"--config={ROOT}/configs/benchmark.py:2b"]
-    small = ["preset=gemma3_270m", "tokens=(1,3)", "dtypes=('float32',)", "rounds=1", "accuracy_tokens=(3,)"]
-    flags = [f"--config.{setting}" for setting in (*small, "memory_tokens=128", f"workdir={tmp_path}")]
     done = subprocess.run([*command, *flags], check=True, capture_output=True, text=True)
-    report = json.loads((tmp_path / "benchmark.json").read_text())
+    assert (workdir / "benchmark.png").read_bytes().startswith(b"\x89PNG")
+    return done.stdout, json.loads((workdir / "benchmark.json").read_text())
+
+
+def test_the_command_measures_time_and_accuracy(tmp_path):
+    _, report = run_benchmark(tmp_path, "sections=('time','accuracy')", "dtypes=('float32',)")
     passes = [(tokens, which) for tokens in (1, 3) for which in ("forward", "gradient")]
     assert [(row["tokens"], row["pass"]) for row in report["time"]] == passes
     assert [row["layer"] for row in report["accuracy"]] == ["floor", "input", "gate_up", "plain"]
-    compilers = memory.compilers()[0]
-    assert len(report["memory"]) == (15 if list(compilers) == ["CPU"] else 18)  # kernels have rows for accelerators
     assert report["ceiling"]["float32"]["GB/s"] > 0
-    assert (tmp_path / "benchmark.png").read_bytes().startswith(b"\x89PNG")
-    assert ("H200 Triton is left out" in done.stdout) == ("H200 Triton" not in compilers)
+
+
+@pytest.mark.slow
+def test_the_command_with_all_sections(tmp_path):
+    output, report = run_benchmark(tmp_path, "dtypes=('float32',)")
+    compilers = memory.compilers()[0]
+    assert len(report["time"]) == 4 and len(report["accuracy"]) == 4
+    assert len(report["memory"]) == (15 if list(compilers) == ["CPU"] else 18)  # kernels have rows for accelerators
+    assert ("H200 Triton is left out" in output) == ("H200 Triton" not in compilers)
 
 
 def test_an_unknown_section_is_explained():
     command = [sys.executable, str(ROOT / "scripts" / "benchmark.py"), "--config.sections=('speed',)"]
     done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode != 0 and "config.sections are of time, accuracy, memory. Received: speed" in done.stderr
+    assert done.returncode != 0 and "config.sections must be among time, accuracy, memory." in done.stderr
