@@ -13,9 +13,10 @@ import functools
 import inspect
 from pathlib import Path
 
+import cli
 import jax
 import jax.numpy as jnp
-from absl import app, flags, logging
+from absl import flags
 from tqdm import tqdm
 
 from gemma_mlp import PRESETS, MLPBlockParams, MLPConfig, checkpoint, checks, layouts
@@ -42,10 +43,7 @@ DTYPE = flags.DEFINE_enum("dtype", None, DTYPES, "Cast the parameters. By defaul
 DRY_RUN = flags.DEFINE_boolean("dry_run", False, "Check names, shapes and dtypes, print the table, write nothing.")
 
 
-def main(argv):
-    logging.set_verbosity(logging.WARNING)  # JAX and Orbax tell of much at INFO
-    if len(argv) > 1:
-        raise app.UsageError(f"Unknown arguments: {argv[1:]}")
+def main():
     try:
         convert(Path(SOURCE.value), Path(TARGET.value))
     except ValueError as error:
@@ -148,4 +146,4 @@ def require_same(params: list[MLPBlockParams], again: list[MLPBlockParams]) -> N
 
 
 if __name__ == "__main__":
-    app.run(main)
+    cli.run(main)

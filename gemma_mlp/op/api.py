@@ -148,7 +148,8 @@ def _hidden_spec(params, x, dropout_key) -> PartitionSpec:
 def _config(params, **options) -> MLPConfig:
     """The options, checked by the config that holds them."""
     shape = getattr(getattr(params, "gate_proj", None), "shape", ())
-    return MLPConfig(*(shape if len(shape) == 2 else (1, 1)), **options)  # `_checked_op` explains any other params
+    embed_dim, hidden_dim = shape if len(shape) == 2 else (1, 1)  # `_checked_op` explains any other params
+    return MLPConfig(embed_dim, hidden_dim, **options)
 
 
 def _require_key(config, dropout_key) -> None:

@@ -46,7 +46,7 @@ def down(op: Op, params: MLPParams, h_BF: Array) -> Array:
 
 def dropout_mask(op: Op, params: MLPParams, x_BD: Array, dropout_key: Array | None) -> Array | None:
     """True where dropout keeps an element of h; None without dropout."""
-    if op.dropout_rate == 0:
+    if op.dropout_rate == 0 or dropout_key is None:
         return None
     shape = (*x_BD.shape[:-1], params.gate_proj.shape[1])
     return over_hidden(op, jax.random.bernoulli(dropout_key, 1 - op.dropout_rate, shape))
@@ -135,8 +135,8 @@ def _slice_size(op, x_BD, shard_F, saved):
     `backend.float32_slices` if that is more."""
     if saved and op.backend.weight_backward is not None:
         return shard_F
-    chunked = op.config.chunk_size is not None and x_BD.ndim >= 2
-    chunks = ceil_div(x_BD.shape[-2], op.config.chunk_size) if chunked else 1
+    size = op.config.chunk_size
+    chunks = 1 if size is None or x_BD.ndim < 2 else ceil_div(x_BD.shape[-2], size)
     least = 1 if saved else op.backend.float32_slices or 1
     return round_up(ceil_div(shard_F, max(chunks, least)), LANES)
 

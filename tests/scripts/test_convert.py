@@ -19,7 +19,7 @@ ORBAX = [f"--embed_dim={D}", f"--hidden_dim={F}"]
 def run(*arguments):
     with flagsaver.flagsaver():
         flags.FLAGS(["convert", *map(str, arguments)])
-        convert.main(["convert"])
+        convert.main()
 
 
 ORBAX_LAYOUTS = [
