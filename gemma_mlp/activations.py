@@ -4,9 +4,10 @@ Shazeer, "GLU Variants Improve Transformer" (arXiv:2002.05202), section 2: every
 `activation(x @ W + b) * (x @ V + c)`. GELU is defined in Hendrycks and Gimpel (arXiv:1606.08415, section 2).
 """
 
+import dataclasses
 import math
 from collections.abc import Callable
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +18,8 @@ Activation = Literal["gelu_tanh", "gelu", "silu", "relu", "sigmoid", "identity"]
 SQRT_2_OVER_PI, CUBIC = math.sqrt(2 / math.pi), 0.044715  # of GELU's tanh form
 
 
-class GateActivation(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class GateActivation:
     """One member of the GLU family. Calling it applies `function`.
 
     Attributes:
