@@ -1,4 +1,4 @@
-"""What to measure of a Gemma 2 size. Use it as --config=configs/benchmark.py:2b, :9b or :27b."""
+"""Settings of scripts/benchmark.py. --config=configs/benchmark.py:2b, :9b or :27b chooses the size of Gemma 2."""
 
 import ml_collections
 
@@ -20,5 +20,5 @@ def get_config(size: str = "2b") -> ml_collections.ConfigDict:
     # memory
     config.memory_tokens = 8192
     config.layers = 4  # the number of layers in a stack
-    config.chunk_size = 1024  # of the rows that are computed in chunks
+    config.chunk_size = 1024  # the chunk_size of the rows that are computed in chunks
     return config

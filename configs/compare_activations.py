@@ -1,6 +1,6 @@
-"""The study of gates and activations in scripts/compare_activations.py, sized for two CPU cores.
+"""Settings of scripts/compare_activations.py, the study of gates and activations, for two CPU cores.
 
---config=configs/compare_activations.py:smoke does all of it in a minute, at sizes that are too small to tell anything.
+--config=configs/compare_activations.py:smoke runs the whole study in a minute, at sizes too small to tell anything.
 """
 
 import ml_collections
@@ -18,16 +18,16 @@ def get_config(size: str = "default") -> ml_collections.ConfigDict:
         "use one of these names.",
     )
     config = ml_collections.ConfigDict()
-    config.workdir = f"runs/compare-{size}"  # tables and figures; an interrupted study continues from its files
+    config.workdir = f"runs/compare-{size}"  # receives tables and figures; an interrupted study continues from it
     config.sections = ("heldout", "gradient_flow", "expressiveness", "curvature", "approximation")
     config.contestants = (
         "geglu_tanh", "geglu_erf", "swiglu", "reglu", "glu", "bilinear", "gelu", "silu", "relu",
     )  # fmt: skip
-    config.factorial = ("geglu_tanh", "reglu", "gelu", "relu")  # with and without a gate, smooth and kinked
+    config.factorial = ("geglu_tanh", "reglu", "gelu", "relu")  # with or without a gate, smooth or kinked
     config.seeds = tuple(range(6))  # these compare the contestants
-    config.tuning_seeds = (100, 101)  # these choose each contestant's learning rate from one grid
+    config.tuning_seeds = (100, 101)  # these choose each contestant's learning rate
 
-    # The text is that of configs/train_toy.py, the model a smaller one. Without a gate hidden_dim is 3/2 as large.
+    # The text is that of configs/train_toy.py, and the model is smaller. Without a gate hidden_dim is 3/2 as large.
     config.data = ""
     config.heldout_fraction = 0.1
     config.heldout_max_bytes = 100_000

@@ -1,4 +1,4 @@
-"""What to plan for a Gemma 2 size. Use it as --config=configs/plan.py:2b, :9b or :27b."""
+"""Settings of scripts/plan.py. --config=configs/plan.py:2b, :9b or :27b chooses the size of Gemma 2."""
 
 import ml_collections
 
@@ -8,13 +8,13 @@ def get_config(size: str = "2b") -> ml_collections.ConfigDict:
     config.preset = f"gemma2_{size}"
     config.workdir = f"runs/plan-{size}"  # receives plan.json
 
-    config.target = "v5e:16x16"  # the chips; others are v5p:8x8x8, v6e:16x16 and h200:8
+    config.target = "v5e:16x16"  # the chips; other targets are v5p:8x8x8, v6e:16x16 and h200:8
     config.program = "train"  # or forward
-    config.tokens = 8192  # the length of a sequence; there is one for each of data x fsdp
+    config.tokens = 8192  # the length of a sequence; a batch has data x fsdp sequences
 
     config.mesh = "data=1,fsdp=16,tensor=16"
     config.save = "input"  # block saves less for the backward pass, gate_up saves more
-    config.sequence_parallel = True  # whether tensor splits the residual stream's length outside of the feed-forward
+    config.sequence_parallel = True  # whether tensor shards the residual stream's length outside of the feed-forward
 
-    config.meshes = ()  # what --search tries; () means all meshes that divide the sizes
+    config.meshes = ()  # the meshes that --search tries; () means all that divide the sizes
     return config

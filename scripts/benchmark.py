@@ -3,9 +3,14 @@
     python scripts/benchmark.py --config=configs/benchmark.py:2b        # or :9b, :27b
     JAX_PLATFORMS=cpu python scripts/benchmark.py --config=configs/benchmark.py:2b --config.sections="('memory',)"
 
-It prints tables and writes benchmark.json and benchmark.png. Time is measured on JAX's default device, so let nothing
-else run. Memory is that of programs compiled for this CPU and, with the `aot` extra and JAX_PLATFORMS=cpu, for TPUs and
-the H200. With the `peers` extra, Hugging Face's module on PyTorch is timed too.
+It has three sections: time, accuracy and memory. It prints a table of each, and writes benchmark.json and benchmark.png
+to config.workdir, which is runs/benchmark-2b for 2b. An interrupted benchmark starts over.
+
+Times are those of JAX's default device. Let nothing else run meanwhile; on a CPU this takes tens of minutes. With the
+`peers` extra, Hugging Face's module on PyTorch is timed too. Memory is what the compiler for this CPU reports. With the
+`aot` extra and JAX_PLATFORMS=cpu the compilers for TPUs and the H200 report theirs too.
+
+scripts/benchmark/README.md explains the tables and has results.
 """
 
 import importlib.util
@@ -20,7 +25,7 @@ from tqdm import tqdm
 
 from gemma_mlp import PRESETS
 
-CONFIG = cli.config("benchmark", "What to measure.", size="2b")
+CONFIG = cli.config("benchmark", "It says what to measure.", size="2b")
 
 
 def main():
@@ -51,7 +56,7 @@ def time(config, report):
             print(f"\nThe kernels are left out in {dtype}: {reason}")
     if not has_peer:
         print("\nHugging Face's module is left out: torch and transformers are not installed.")
-    print("\nMilliseconds of the bare matmuls, and the times of the others as ratios to them")
+    print("\nThe bare matmuls in milliseconds, and the others relative to the bare matmuls")
     print(row("dtype", "pass", "tokens", "matmuls", *contestants, "TFLOP/s", "GB/s"))
     report["ceiling"] = {dtype: timing.ceiling(dtype, config.rounds) for dtype in config.dtypes}
     rows = []
@@ -76,7 +81,7 @@ def ratio(measured, name):
 
 
 def errors(config, _):
-    print("\nRelative L2 error x 1000 against float64, bfloat16")
+    print("\nRelative L2 error of bfloat16 against float64, times 1000")
     print(row("tokens", "layer", *accuracy.RESULTS))
     rows = []
     for tokens in config.accuracy_tokens:
@@ -89,9 +94,7 @@ def errors(config, _):
 
 def stacks(config, _):
     compilers, missing = memory.compilers()
-    print(
-        f"\nMiB of temporary memory of a gradient, {config.memory_tokens} tokens, bfloat16; stacks of {config.layers}"
-    )
+    print(f"\nMiB of temporary memory of a gradient: bfloat16, {config.memory_tokens} tokens, {config.layers} layers")
     for name, reason in missing.items():
         print(f"{name} is left out: {reason}")
     print(row("stack", "layer", "chunk_size", *compilers))

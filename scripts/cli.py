@@ -1,4 +1,4 @@
-"""The command line that the scripts share: one `--config` flag, no unknown arguments, no log lines below a warning."""
+"""The command line of the scripts: a `--config` flag, errors for unknown arguments, and no logs below a warning."""
 
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -10,23 +10,25 @@ from gemma_mlp.checks import require
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 
-flags.disclaim_key_flags()  # --help lists the flags of the script; without this line --config would count as ours
+flags.disclaim_key_flags()  # without this line --config would belong to this file, and --help would not list it
 
 
 def config(name: str, about: str, size: str | None = None) -> flags.FlagHolder:
     """Defines `--config`, which reads configs/NAME.py by default.
 
     Args:
-      name: the tool, and so the file in configs/.
-      about: what the configuration describes; `--help` shows it.
-      size: what the file's get_config takes by default, if it takes a size.
+      name: the name of the tool, and of its file in configs/.
+      about: a sentence about the file, for `--help`.
+      size: the default argument of the file's get_config, if that takes a size.
 
     Returns:
-      A flag whose `value` is the ConfigDict with the command line's overrides.
+      A flag. Its `value` is the ConfigDict, with the settings of the command line.
     """
     path = CONFIGS / f"{name}.py"
     default = str(path) if size is None else f"{path}:{size}"
-    return config_flags.DEFINE_config_file("config", default, f"{about} Override a field with --config.FIELD=VALUE.")
+    return config_flags.DEFINE_config_file(
+        "config", default, f"The file of settings. {about} Override one with --config.FIELD=VALUE."
+    )
 
 
 def run(main: Callable[[], int | None]) -> None:
@@ -42,7 +44,7 @@ def run(main: Callable[[], int | None]) -> None:
 
 
 def require_names(field: str, names: Iterable[str], known: Iterable[str]) -> None:
-    """Raises ValueError unless every one of `names` is known; `field` is the config's field that holds them."""
+    """Raises ValueError unless all `names` are known. `field` is the field of the config that holds them."""
     unknown = [name for name in names if name not in known]
     rule = f"config.{field} must be among {', '.join(known)}."
-    require(not unknown, rule, ", ".join(unknown), "use these names.")
+    require(not unknown, rule, ", ".join(unknown), "choose from these names.")

@@ -1,6 +1,6 @@
-"""Measures whether the gate and the smoothness of GeGLU help, at equal parameters.
+"""Measures whether the gate and the smoothness of GeGLU help. All feed-forwards have equally many parameters.
 
-    python scripts/compare_activations.py                # the study of its README; 26 minutes of CPU time
+    python scripts/compare_activations.py                # the whole study, 26 minutes of CPU time
     python scripts/compare_activations.py --config.data=FILE_OR_FOLDER --config.workdir=runs/mine
     python scripts/compare_activations.py --config.sections="('heldout',)"      # one section alone
     python scripts/compare_activations.py --config=configs/compare_activations.py:smoke   # a minute, too small to tell
@@ -9,9 +9,9 @@ The five sections are heldout (loss on text that was not trained on), gradient_f
 expressiveness (how well one feed-forward fits given functions), curvature (of the loss, during training) and
 approximation (the tanh form of GELU against the erf form).
 
-You can interrupt it at any time. The same command then continues after the last finished run and gives the same tables.
-All seeds train at once in one program, which spreads them over the devices. The folder config.workdir gets runs.jsonl,
-tables.json, a figure of each section, and comparison.png with all of them.
+It prints a table of each section. It writes runs.jsonl, tables.json, a figure of each section, and comparison.png with
+all figures to config.workdir, which is runs/compare-default by default. You can interrupt it at any time. The same
+command then continues after the last finished run and gives the same tables.
 
 scripts/compare_activations/README.md explains the study and has its results.
 """
@@ -26,7 +26,8 @@ from compare_activations.ledger import Ledger
 from tqdm import tqdm
 from workdir import claim_workdir, write_atomically
 
-CONFIG = cli.config("compare_activations", "What to compare and at what sizes.")
+CONFIG = cli.config("compare_activations", "It says what to compare and at what sizes.")
+# Each section has a NAME, count(config) of its runs, measure(config, ledger), table(runs) and draw(axes, runs).
 SECTIONS = {section.NAME: section for section in (heldout, gradient_flow, expressiveness, curvature, approximation)}
 
 
@@ -53,7 +54,7 @@ def main():
 
 
 def text(rows):
-    """Formats rows as a table. A new header line stands wherever the columns change."""
+    """Formats rows as a table, with a new header line wherever the columns change."""
     lines, head = [], []
     for row in rows:
         if not set(row) <= set(head):

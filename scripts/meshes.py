@@ -17,7 +17,7 @@ def parse(text: str) -> tuple[int, int, int]:
         len(sizes) == len(parts) and set(sizes) <= set(AXES) and all(sizes.values()),
         "A mesh must have the form data=1,fsdp=2,tensor=4.",
         repr(text),
-        f"give some of {', '.join(AXES)} a size.",
+        f"give one or more of {', '.join(AXES)} a size of at least 1.",
     )
     data, fsdp, tensor = (sizes.get(axis, 1) for axis in AXES)
     return data, fsdp, tensor

@@ -1,13 +1,18 @@
-"""Plans a run on accelerators that you do not have. Their compilers report memory and transfers between chips.
+"""Plans a run on TPUs or H200s that you do not have. Their compilers, which run on a CPU, report what the run needs.
 
     JAX_PLATFORMS=cpu python scripts/plan.py --config=configs/plan.py:27b --config.target=v5e:16x16 \\
         --config.mesh=data=1,fsdp=16,tensor=16
     JAX_PLATFORMS=cpu python scripts/plan.py --config=configs/plan.py:27b --config.target=v6e:16x16 --search
 
-The command compiles the MLP blocks of all layers, as a forward pass or as a training step with AdamW. It prints what a
-chip needs in memory, what it sends to other chips, its FLOPs, and a roofline estimate of the time. With --search it
-tries meshes, sharding rules and save policies, and ranks those that fit. It writes plan.json and exits with 1 if
-nothing fits. It needs the `aot` extra: pip install -e ".[train,aot]".
+The command compiles the MLP blocks of all layers, as a forward pass or as a training step with AdamW. It prints how
+much memory each chip needs, what it sends to other chips, its FLOPs, and a roofline estimate of the time. With
+--search it tries meshes, sharding rules and save policies, and ranks those that fit. It writes plan.json to
+config.workdir, which is runs/plan-27b for 27b, and exits with 1 if nothing fits.
+
+One case takes about ten seconds on two CPU cores. A search over 256 chips has up to 243 cases; --config.meshes limits
+it to the meshes that you name. An interrupted search starts over.
+
+It needs the `aot` extra: pip install -e ".[train,aot]". scripts/plan/README.md explains the report and has results.
 """
 
 import functools
@@ -26,8 +31,8 @@ from tqdm import tqdm
 
 from gemma_mlp.checks import positive_int, require
 
-CONFIG = cli.config("plan", "What to plan.", size="2b")
-SEARCH = flags.DEFINE_bool("search", False, "Try meshes, sharding rules and save policies; rank those that fit.")
+CONFIG = cli.config("plan", "It says what to plan.", size="2b")
+SEARCH = flags.DEFINE_bool("search", False, "Try meshes, sharding rules and save policies, and rank those that fit.")
 GIB = 2**30
 
 
@@ -42,7 +47,7 @@ def main():
     workdir.mkdir(parents=True, exist_ok=True)
     what = {"train": "a training step with AdamW", "forward": "the forward pass"}[config.program]
     print(f"{config.preset}, {LAYERS[config.preset]} layers of the MLP block, {what}; {config.target}, {count} chips")
-    print(f"One sequence of {config.tokens} tokens for each of data x fsdp; compiled by JAX {jax.__version__}")
+    print(f"data x fsdp sequences of {config.tokens} tokens each; compiled by JAX {jax.__version__}")
     report = config.to_dict() | {"jax": jax.__version__, "rows": []}
 
     compile_case = functools.partial(attempt, chip=chip, target=target)
@@ -57,7 +62,7 @@ def main():
         print(nothing_fits(report["rows"], config.target, chip.hbm_bytes))
         return 1
     if SEARCH.value:
-        print("\nWhat fits, by the roofline's tokens per second, then by memory")
+        print("\nWhat fits, ranked by the roofline's tokens per second, then by memory")
         print("\n".join(f"{place:>3}. {summary(row)}" for place, row in enumerate(best, 1)))
     show(best[0], chip)
     print(f"\nWritten to {workdir}: plan.json")
@@ -65,7 +70,7 @@ def main():
 
 
 def ladders_of(config, count):
-    """The cases to try, as :func:`search` takes them. Without --search there is only one."""
+    """The lists of cases that :func:`search` takes. Without --search there is only one case."""
     chosen = [parse(mesh) for mesh in (config.meshes if SEARCH.value else (config.mesh,))]
     for data, fsdp, tensor in chosen:
         rule = f"A mesh of {config.target} must have {count} devices."
@@ -97,7 +102,7 @@ def show(row, chip):
     print(f"GiB in a chip's memory: {row['needed_bytes'] / GIB:.2f} of {chip.hbm_bytes / GIB:.2f} ({sizes})")
     print(f"\n{'transfer':<20}{'mesh axes':<20}{'runs':>10}{'GiB of results':>18}{'GiB sent by a chip':>22}")
     for each in row["transfers"]:
-        note = "  at least: the number of a loop's turns is not known" if each["at_least"] else ""
+        note = "  at least: how often a loop runs is not known" if each["at_least"] else ""
         sizes = f"{each['result_bytes'] / GIB:>18.3f}{each['sent_bytes'] / GIB:>22.3f}"
         print(f"{each['kind']:<20}{each['axes']:<20}{each['runs']:>10,}{sizes}{note}")
     times = ", ".join(f"{name} {seconds:.3g} s" for name, seconds in row["roofline_seconds"].items())

@@ -3,19 +3,19 @@
     python scripts/train_toy.py                                           # on Python's documentation, about 2 minutes
     python scripts/train_toy.py --config.data=FILE_OR_FOLDER --config.workdir=runs/mine      # on your own text
     python scripts/train_toy.py --config.api=linen                        # in Linen instead of NNX
-    python scripts/train_toy.py --config.mesh="fsdp=2,tensor=2"           # on all devices, here four
+    python scripts/train_toy.py --config.mesh="fsdp=2,tensor=2"           # on a machine with four devices
 
-You can interrupt it at any time. The same command then continues from the last checkpoint, with exactly the numbers of
-an uninterrupted run. The folder config.workdir gets metrics.jsonl, TensorBoard events, loss.png, summary.json and the
-checkpoints.
+It writes metrics.jsonl, TensorBoard events, loss.png, summary.json and checkpoints to config.workdir, which is
+runs/tiny-nnx by default. You can interrupt it at any time. The same command then continues from the last checkpoint,
+and its numbers are exactly those of an uninterrupted run.
 
-To train on several machines, start the command once on each, with one --config.workdir that all of them can see. In a
+To train on several machines, start the same command once on each. All of them must see the same --config.workdir. In a
 cluster that JAX knows, add --distributed. Otherwise tell each process the address of process 0, the number of processes
 and its own number:
 
     python scripts/train_toy.py --config.mesh="fsdp=8" --coordinator_address=HOST:PORT --num_processes=2 --process_id=0
 
-configs/train_toy.py lists the fields of the configuration. scripts/train_toy/README.md says more and has results.
+configs/train_toy.py lists all settings. scripts/train_toy/README.md says more and has results.
 """
 
 import cli
@@ -24,10 +24,10 @@ from train_toy import processes
 from train_toy.run import train
 from train_toy.run_config import RunConfig
 
-CONFIG = cli.config("train_toy", "The text, the model and the training run.")
-DISTRIBUTED = flags.DEFINE_bool("distributed", False, "Be one of several processes, which JAX finds in the cluster.")
-ADDRESS = flags.DEFINE_string("coordinator_address", None, "The HOST:PORT at which the others reach process 0.")
-NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "The number of processes.", lower_bound=1)
+CONFIG = cli.config("train_toy", "It describes the text, the model and the training run.")
+DISTRIBUTED = flags.DEFINE_bool("distributed", False, "Join the other processes, which JAX finds in the cluster.")
+ADDRESS = flags.DEFINE_string("coordinator_address", None, "The address HOST:PORT of process 0.")
+NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "The number of processes of this run.", lower_bound=1)
 PROCESS_ID = flags.DEFINE_integer("process_id", None, "The number of this process, counted from 0.", lower_bound=0)
 
 

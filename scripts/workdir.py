@@ -1,4 +1,4 @@
-"""The folder of a run: it belongs to one configuration, and its files are whole after an interruption."""
+"""The folder of a run. It belongs to one configuration, and an interruption does not damage its files."""
 
 import json
 import os
@@ -39,7 +39,7 @@ def claim_workdir(workdir: Path, identity: dict[str, Any]) -> None:
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Replaces the file by `text`. An interruption leaves either the old file or the whole new one."""
+    """Writes `text` to the file. An interruption leaves either the old file or the whole new one."""
     partial = path.with_name(path.name + ".partial")
     partial.write_text(text)
     os.replace(partial, path)

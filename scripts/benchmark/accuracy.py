@@ -1,7 +1,7 @@
-"""Relative L2 error in bfloat16 against the float64 oracle of the tests, and the error that rounding alone makes.
+"""Measures the relative L2 error in bfloat16 against the float64 oracle, and the error that rounding alone makes.
 
-The row `floor` is the oracle, with one rounding to bfloat16 of each array that must be stored: h, y, the gradients of
-gate and up, and each result.
+The row `floor` is the error of the oracle when it rounds, once, each array that must be stored. These are h, y, the
+gradients of gate and up, and each result.
 """
 
 import functools

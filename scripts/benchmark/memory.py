@@ -1,4 +1,4 @@
-"""Temporary memory of the feed-forward's gradient in bfloat16, as the compilers report it.
+"""Measures the temporary memory of the feed-forward's gradient in bfloat16, as the compilers report it.
 
 There are three stacks: one layer, several layers under scan, and several layers unrolled. The layer `plain` is the
 formula as JAX differentiates it, `remat` is `plain` under `jax.checkpoint`, and `pallas` uses the package's kernels.
@@ -7,7 +7,7 @@ formula as JAX differentiates it, `remat` is `plain` under `jax.checkpoint`, and
 from gemma_mlp import aot
 from gemma_mlp.testing.stacks import MIB, STACKS, gradient_bytes
 
-# Name of a column: (target, do the H200's matmuls go through Triton or through cuBLASLt?).
+# column: (target, whether the H200's matmuls go through Triton and not through cuBLASLt)
 COMPILERS = {
     "CPU": ("cpu", None),
     "v5e": ("tpu v5e:2x2", None),
@@ -19,7 +19,7 @@ COMPILERS = {
 
 
 def compilers():
-    """(the columns whose compiler is installed, for each other column the reason why it is missing)."""
+    """Returns the columns whose compiler is installed, and the reason why each other column is missing."""
     found, missing = {}, {}
     for name, (target, triton) in COMPILERS.items():
         try:
@@ -31,7 +31,7 @@ def compilers():
 
 
 def measure(preset, compilers, *, tokens, layers, chunk_size):
-    """Yields a row for each stack of each kind of layer: MiB by column, None if the program does not fit the chip."""
+    """Yields a row for each stack and layer: the MiB in each column, or None if the program does not fit the chip."""
     cells = [("plain", None), ("remat", None), ("gate_up", None), ("input", None), ("input", chunk_size)]
     kernels = {column: compiler for column, compiler in compilers.items() if compiler[0] != "cpu"}
     if kernels:

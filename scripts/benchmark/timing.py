@@ -1,9 +1,9 @@
 """Times the forward pass, and value and gradient, against the bare matmuls of the same sizes.
 
-The contestants take turns in one run, and each time is the median of all rounds. What counts is the ratio to
-`matmuls`: three matmuls for the forward pass, nine for value and gradient, with no work between them. Each of them is
-written in the fastest way that accumulates in float32. If PyTorch and transformers are installed, Hugging Face's module
-takes part as `torch`.
+The contestants take turns in one run, and each time is the median of all rounds. What counts is the ratio to the
+contestant `matmuls`. It runs nothing but the matmuls: three for the forward pass, nine for value and gradient. Each is
+written in the fastest form that accumulates in float32. If PyTorch and transformers are installed, Hugging Face's
+module takes part as `torch`.
 """
 
 import dataclasses
@@ -38,7 +38,7 @@ def measure(config: gemma_mlp.MLPConfig, dtype: str, tokens: int, rounds: int):
     forward, gradient = bare_matmuls(params, x)
     peer = hugging_face(params, x, dy)
 
-    # The forward pass is the same for both save policies: `ours`.
+    # The forward pass is the same for both save policies, so there is one contestant, `ours`.
     contestants = {"matmuls": forward, "ours": jitted(layers["input"], params, x), "plain": jitted(plain, params, x)}
     if "pallas" in layers:
         contestants["pallas"] = jitted(layers["pallas"], params, x)
@@ -65,7 +65,7 @@ def kernels_refuse(config: gemma_mlp.MLPConfig, dtype: str) -> str | None:
 
 
 def work(config: gemma_mlp.MLPConfig, dtype: str, tokens: int, which: str) -> tuple[int, int]:
-    """(FLOPs of the matmuls, bytes that must be moved), where `which` is "forward" or "gradient".
+    """Returns (FLOPs of the matmuls, bytes that must be moved). `which` is "forward" or "gradient".
 
     The bytes are those of the weights, the input, the output, and their gradients.
     """
@@ -112,7 +112,7 @@ def bare_matmuls(params, x) -> tuple[Callable, Callable]:
 
 
 def fastest(a, b, axes) -> Callable:
-    """The fastest way to write one matmul."""
+    """The fastest form of one matmul, as a function of no arguments."""
     forms = [jitted(form, a, b) for form in forms_of(a, b, axes)]
     times = [race({"form": form}, 3)["form"] for form in forms]
     return forms[times.index(min(times))]
@@ -134,7 +134,7 @@ def forms_of(a, b, axes):
 
 
 def in_turn(calls) -> Callable:
-    """Runs matmuls one after the other. Without waiting, a CPU runs them at the same time."""
+    """A function that runs matmuls one after the other. Without waiting, a CPU would run them at the same time."""
     wait = jax.block_until_ready if jax.default_backend() == "cpu" else lambda result: result
     return lambda: [wait(call()) for call in calls]
 
@@ -145,7 +145,7 @@ def jitted(function, *args) -> Callable:
 
 
 def race(contestants: dict[str, Callable], rounds: int) -> dict[str, float]:
-    """Median milliseconds of a call, by contestant.
+    """The median milliseconds of a call of each contestant.
 
     On an accelerator each measurement makes enough calls to take about 20 ms, and waits for the last one.
     """

@@ -15,7 +15,7 @@ embedding_init = jax.nn.initializers.variance_scaling(1.0, "fan_in", "normal", o
 
 
 def causal_attention(query_BTNH, key_BTNH, value_BTNH, **_):
-    """softmax(q k^T / sqrt(H)) v over the past, with rotary position embeddings (arXiv:2104.09864).
+    """softmax(q k^T / sqrt(H)) v over a position and those before it, with rotary embeddings (arXiv:2104.09864).
 
     Both of Flax's attention modules take it as their `attention_fn`.
     """

@@ -90,7 +90,7 @@ def evaluation_windows(corpus: Corpus, seq_len: int) -> tuple[np.ndarray, np.nda
     """Windows [N, seq_len + 1] and a mask [N, seq_len] that scores every held-out byte exactly once.
 
     Each window starts half a window after the one before. So the model predicts every byte from at least half a window
-    of the text in front of it, which for the first bytes is the end of the training text.
+    of the text before it. For the first held-out bytes that text is the end of the training text.
     """
     stride = max(seq_len // 2, 1)
     context = seq_len + 1 - stride

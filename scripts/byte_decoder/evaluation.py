@@ -14,7 +14,7 @@ BATCH_SIZE = 64
 
 
 def make_evaluation(model: LanguageModel, corpus: data.Corpus, seq_len: int, placement: Placement = ONE_DEVICE):
-    """params -> bits per byte of the whole held-out text."""
+    """Makes a function that takes params and returns the bits per byte of the whole held-out text."""
     windows, scored = data.evaluation_windows(corpus, seq_len)
     size = placement.count_rows(BATCH_SIZE)
 
@@ -24,7 +24,7 @@ def make_evaluation(model: LanguageModel, corpus: data.Corpus, seq_len: int, pla
         return jnp.sum(training.losses(model, params, windows) * scored)
 
     def batch(array, dtype, start):
-        """`size` rows from row `start` on. Rows past the end are zeros, which score nothing."""
+        """`size` rows from row `start` on. Rows past the end are zeros, which are not scored."""
 
         def read(rows):
             present = array[start + rows.start : start + rows.stop]

@@ -18,7 +18,7 @@ Params = dict[str, Any]
 
 
 class LanguageModel(NamedTuple):
-    """`init(key)` returns parameters as nested dicts; `logits(params, tokens)` the next-byte logits [B, T, 256]."""
+    """`init(key)` returns parameters as nested dicts. `logits(params, tokens)` returns next-byte logits [B, T, 256]."""
 
     init: Callable[[jax.Array], Params]
     logits: Callable[[Params, jax.Array], jax.Array]
@@ -31,7 +31,7 @@ def make(api: str, config: gemma_mlp.MLPConfig, num_layers: int, num_heads: int)
 
 
 def shardings(api: str, sizes: tuple[gemma_mlp.MLPConfig, int, int], mesh: Mesh, rules: Rules) -> Params:
-    """The tree of shardings, on a mesh, of the parameters of `make(api, *sizes)`."""
+    """The shardings on `mesh` of the parameters of `make(api, *sizes)`, as a tree."""
     if api == "nnx":
         state = nnx.state(nnx.eval_shape(lambda: nnx_model.Decoder(*sizes, rngs=nnx.Rngs(params=0))))
         return nnx.to_pure_dict(named_shardings(state, mesh, rules))
@@ -50,7 +50,7 @@ def pure_functions(create: Callable[[jax.Array], nnx.Module]) -> tuple[Callable,
     def init(key):
         return nnx.to_pure_dict(nnx.state(create(key)))
 
-    # Made once, here: inside of jax.set_mesh Flax would ask for rules that map the logical axes.
+    # This runs once, outside of jax.set_mesh. Inside of it Flax would ask for rules that map the logical axes.
     graphdef, abstract = nnx.split(nnx.eval_shape(create, jax.random.key(0)))
 
     def apply(params, *args):

@@ -12,7 +12,7 @@ Block = Callable[..., nnx.Module]  # (config, rngs=rngs)
 
 
 def with_axes(init, axes):
-    """`init` that also records the parameter's logical axes. It places nothing on a mesh."""
+    """Makes `init` also record the logical axes of the parameter. This places nothing on a mesh."""
     return nnx.with_partitioning(init, axes, eager_sharding=False)
 
 

@@ -1,4 +1,4 @@
-"""Where the arrays of a run go: to the first device, or onto a mesh of all devices."""
+"""Places the arrays of a run on the first device, or on a mesh of all devices."""
 
 import math
 from collections.abc import Callable
@@ -16,7 +16,7 @@ RULES: sharding.Rules = (*sharding.RULES, ("heads", "tensor"), ("vocabulary", No
 
 
 def make_mesh(text: str) -> Mesh | None:
-    """The mesh of all devices that `config.mesh` describes, such as "data=1,fsdp=2,tensor=2"; None if `text` is empty.
+    """The mesh of all devices that `text` describes, such as "data=1,fsdp=2,tensor=2". None if `text` is empty.
 
     Raises:
       ValueError: if `text` is not of this form, if the sizes do not multiply to the number of devices, or if `text`
@@ -24,7 +24,7 @@ def make_mesh(text: str) -> Mesh | None:
     """
     if not text:
         fix = 'pass --config.mesh="data=1,fsdp=2,tensor=2" or the like.'
-        require(jax.process_count() == 1, "Several processes must have a config.mesh.", "none", fix)
+        require(jax.process_count() == 1, "A run of several processes must have a config.mesh.", "none", fix)
         return None
     shape = meshes.parse(text)
     require(
@@ -55,7 +55,7 @@ class Placement(NamedTuple):
 
     @property
     def replicated(self) -> Any:
-        """The sharding of an array of which every device holds the whole; None without a mesh."""
+        """The sharding of an array that every device holds as a whole; None without a mesh."""
         return None if self.mesh is None else NamedSharding(self.mesh, PartitionSpec())
 
     @property
@@ -76,7 +76,7 @@ class Placement(NamedTuple):
         return jax.make_array_from_callback(shape, self.rows, shard)
 
     def on(self, function: Callable) -> Callable:
-        """`function`, run with the mesh set."""
+        """Makes `function` run with the mesh set."""
         if self.mesh is None:
             return function
         mesh = self.mesh

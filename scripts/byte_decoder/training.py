@@ -1,4 +1,4 @@
-"""What training consists of: the state, the loss, the optimizer, one step, and the loop over steps."""
+"""The training of a model: its state, loss, optimizer, one step, and the loop over steps."""
 
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -20,7 +20,7 @@ def optimise(
     """The training loop: takes the steps `first` to `last` and yields (step, state after it, loss before it).
 
     Args:
-      train_step: (state, batch) -> (state, loss). It may donate the state it is given.
+      train_step: (state, batch) -> (state, loss). It may donate its argument `state`.
       state: the state before the first of these steps.
       batch: step -> the batch of that step.
       first: the number of the first step, counted from 1.
@@ -47,7 +47,7 @@ def make_optimizer(
 
 
 def make_init(init: Callable[[jax.Array], Any], optimizer: optax.GradientTransformation):
-    """key -> the state that training starts from."""
+    """Makes a function that takes a key and returns the state that training starts from."""
 
     def init_state(key):
         params = init(key)
@@ -57,7 +57,7 @@ def make_init(init: Callable[[jax.Array], Any], optimizer: optax.GradientTransfo
 
 
 def make_train_step(loss: Callable[[Any, Any], jax.Array], optimizer: optax.GradientTransformation):
-    """(state, batch) -> (state, loss before the step), for a `loss` of (params, batch)."""
+    """Makes the step (state, batch) -> (state, loss before the step) for a loss of (params, batch)."""
 
     def train_step(state, batch):
         value, grads = jax.value_and_grad(loss)(state.params, batch)
@@ -73,10 +73,10 @@ def mean_loss(model: LanguageModel, params, windows):
 
 
 def losses(model: LanguageModel, params, windows):
-    """The cross-entropy in nats of every next byte of windows [B, T + 1]: [B, T]."""
+    """The cross-entropy [B, T] in nats of every next byte of windows [B, T + 1]."""
     return cross_entropy(model.logits(params, windows[:, :-1]), windows)
 
 
 def cross_entropy(logits, windows):
-    """`losses` from the logits [B, T, V] of the windows' first T bytes."""
+    """Computes `losses` from the logits [B, T, V] of the windows' first T bytes."""
     return optax.softmax_cross_entropy_with_integer_labels(logits.astype("float32"), windows[:, 1:])

@@ -40,7 +40,7 @@ def measure(config, ledger: Ledger) -> None:
 
 
 def points(dtype: str) -> np.ndarray:
-    """The points to compare at: a fine grid over [-RANGE, RANGE], rounded to the dtype, without repetitions."""
+    """The points to compare at. They are a fine grid over [-RANGE, RANGE], rounded to the dtype, without repeats."""
     with jax.enable_x64(dtype == "float64"):
         grid = np.linspace(-RANGE, RANGE, 1_600_001)
         return np.unique(np.asarray(jnp.asarray(grid, dtype)).astype(np.float64))
@@ -56,7 +56,7 @@ def differences(dtype: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 def by_itself(dtype: str) -> dict[str, Any]:
-    """The largest difference and its place, and the mean difference over the range and over a standard normal x."""
+    """The largest difference, the x where it is, and the mean over the range and over a standard normal x."""
     x, difference = differences(dtype)
     gap = np.abs(difference)
     edges = np.concatenate([[-np.inf], (x[1:] + x[:-1]) / 2, [np.inf]])
@@ -107,7 +107,7 @@ def in_a_model(config, corpus) -> dict[str, Any]:
 
 
 def table(runs) -> list[dict]:
-    """A row for each run. The model's has the paired difference erf - tanh, with its 95 % interval."""
+    """A row for each run. The row of the model has the paired difference erf - tanh, with its 95 % interval."""
     rows = []
     for run in (dict(run) for run in runs if run["section"] == NAME):
         del run["section"]

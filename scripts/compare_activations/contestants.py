@@ -14,7 +14,7 @@ from gemma_mlp.checks import require
 
 
 class Contestant(NamedTuple):
-    """A feed-forward: activation(x W) * (x V) with a gate, activation(x W) without."""
+    """A feed-forward whose hidden values are activation(x W) * (x V) with a gate, or activation(x W) without one."""
 
     label: str
     activation: str
@@ -33,7 +33,7 @@ CONTESTANTS = {
     "silu": Contestant("SiLU, no gate", "silu", gated=False),
     "relu": Contestant("ReLU, no gate", "relu", gated=False),
 }
-REFERENCE = "geglu_tanh"  # the one that the others are compared with
+REFERENCE = "geglu_tanh"  # the others are compared with this one
 
 
 class UngatedMLP(nnx.Module):
@@ -55,7 +55,7 @@ class UngatedMLP(nnx.Module):
 
 
 class Block(nnx.Module):
-    """x + post_norm(mlp(pre_norm(x))) around any feed-forward. `gemma_mlp.nnx.MLPBlock` is the same around its own.
+    """x + post_norm(mlp(pre_norm(x))) around any feed-forward. `gemma_mlp.nnx.MLPBlock` does it around its own.
 
     Args:
       config: sizes and numerics.

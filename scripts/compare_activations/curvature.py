@@ -93,9 +93,9 @@ def largest_eigenvalue(matvec, start: jax.Array, iterations: int) -> jax.Array:
 
 
 def table(runs) -> list[dict]:
-    """A row for each contestant and step: both measures with intervals, and the log2 of the ratios to the kinked one's.
+    """A row for each contestant and step: both measures, and the log2 of their ratios to those of a kinked contestant.
 
-    The kinked one is ReGLU for a contestant with a gate and ReLU for one without. Ratios are paired by seed.
+    That is ReGLU for a contestant with a gate, and ReLU for one without. Ratios are paired by seed. All have intervals.
     """
     ours = {run["contestant"]: run for run in runs if run["section"] == NAME}
     rows = []

@@ -1,4 +1,4 @@
-"""Trains several seeds at once with train_toy.py's loop: one program, with the members along a leading axis."""
+"""Trains several seeds at once with train_toy.py's loop, as one program with the seeds along a leading axis."""
 
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -28,7 +28,7 @@ class Ensemble:
     Args:
       init: key -> parameters.
       loss: (parameters, batch) -> scalar.
-      schedule: the same for every member, except that each learning rate peaks at the member's own.
+      schedule: the schedule of all members. The peak of the learning rate is that of each member.
     """
 
     def __init__(self, init: Callable, loss: Callable, schedule: Schedule):
@@ -51,7 +51,7 @@ class Ensemble:
     def train(
         self, members: Sequence[Member], batch: Callable[[int, int], Any], state: training.TrainState
     ) -> Iterator[tuple[int, training.TrainState, jax.Array]]:
-        """`training.optimise` for all members. `batch(seed, step)` is the batch of a seed at a step."""
+        """Runs `training.optimise` for all members. `batch(seed, step)` is the batch of a seed at a step."""
         sharding = _sharding(len(members))
         rates = jax.device_put(np.array([member.learning_rate for member in members], np.float32), sharding)
 
@@ -73,7 +73,7 @@ class Ensemble:
 
 
 def text_batches(corpus: data.Corpus, seq_len: int, batch_size: int) -> Callable[[int, int], np.ndarray]:
-    """(seed, step) -> the same batch that train_toy.py would learn from."""
+    """Makes a function (seed, step) -> the batch that train_toy.py would learn from."""
     batches = {}
 
     def batch(seed, step):

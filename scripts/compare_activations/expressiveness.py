@@ -44,7 +44,7 @@ def measure(config, ledger: Ledger) -> None:
 
 
 def make_task(function: str, embed_dim: int, batch_size: int):
-    """(seed, step) -> (x, y). Step 0 gives the test points."""
+    """Makes a function (seed, step) -> (x, y). Step 0 gives the test points."""
 
     def batch(seed, step):
         projections = np.random.default_rng(seed).standard_normal((3, embed_dim - 1, embed_dim))
@@ -58,7 +58,7 @@ def make_task(function: str, embed_dim: int, batch_size: int):
 
 
 def make_fit(ours, name: str, function: str):
-    """members -> log10 of the fraction of variance that each of them leaves unexplained."""
+    """Makes a function that trains members and returns log10 of the variance fraction that each leaves unexplained."""
     config = contestants.mlp_config(name, ours.embed_dim, ours.hidden_dim)
     mlp = contestants.mlp_class(name)
     init, apply = language_model.pure_functions(lambda key: mlp(config, rngs=nnx.Rngs(params=key)))

@@ -1,8 +1,8 @@
 """Measures activations and gradients through deep stacks of feed-forwards, at the start and during training.
 
 A stack is an embedding, feed-forwards, a final norm and tied logits. It has no attention, so nothing else carries the
-signal. It learns to predict the next byte from one byte. The initial last weights of each feed-forward are scaled to
-unit gain. Otherwise the stacks without norms would only compare the output variance of the contestants.
+signal. It learns to predict the next byte from one byte. The initial weights of each last projection are scaled to unit
+gain. Otherwise the stacks without norms would only compare the output variance of the contestants.
 """
 
 import functools
@@ -48,11 +48,11 @@ def measure(config, ledger: Ledger) -> None:
 
 
 def make_stack(name: str, embed_dim: int, hidden_dim: int, depth: int, *, norms: bool, residual: bool):
-    """(init, forward) of a stack.
+    """Returns (init, forward) of a stack.
 
     forward(params, tokens [B, T], nudges [depth + 1, B, T, D]) returns the logits, and the root mean square of the
-    residual stream before each layer and after the last. It adds the nudges to the stream at these places. They are
-    zeros: their gradients are the gradients of the stream.
+    residual stream before each layer and after the last. It adds the nudges at these places. They are zeros, and
+    their gradients are those of the residual stream.
     """
     config = contestants.mlp_config(name, embed_dim, hidden_dim)
     wired = functools.partial(contestants.Block, mlp=contestants.mlp_class(name), norms=norms, residual=residual)
@@ -85,7 +85,7 @@ def rms(x, axis=None):
 
 
 def make_flow(forward, depth: int, embed_dim: int):
-    """(params, windows) -> the loss in nats, and the root mean squares of the stream and of its gradient, by layer."""
+    """Makes (params, windows) -> the loss in nats, and by layer the RMS of the residual stream and of its gradient."""
 
     def loss(nudges, params, windows):
         logits, activations = forward(params, windows[:, :-1], nudges)

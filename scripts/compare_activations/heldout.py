@@ -51,7 +51,7 @@ def ensemble(config, model: language_model.LanguageModel) -> Ensemble:
 
 
 def make_evaluation(config, corpus: data.Corpus, name: str):
-    """members -> the held-out bits per byte of each, trained from scratch."""
+    """Makes a function that trains members from scratch and returns the held-out bits per byte of each."""
     model = decoder(config, name)
     runner = ensemble(config, model)
     bits_per_byte = evaluation.make_evaluation(model, corpus, config.seq_len)

@@ -1,4 +1,4 @@
-"""Keeps each finished run in a file, so that an interrupted comparison continues where it stopped."""
+"""Saves each finished run in a file, so that an interrupted study continues where it stopped."""
 
 import json
 from collections.abc import Callable
@@ -12,7 +12,7 @@ Run = dict[str, Any]
 
 
 class Ledger:
-    """The finished runs of a comparison.
+    """The finished runs of a study.
 
     Args:
       path: the file that holds them, one run a line. Each run is added as soon as it is finished.
@@ -24,7 +24,7 @@ class Ledger:
         self.runs = read_json_lines(path)
 
     def run(self, measure: Callable[[], Run], **key: Any) -> Run:
-        """The run named by `key`: from the file if it is there, otherwise measured now by `measure()`."""
+        """Returns the run that `key` names. If the file does not have it, `measure()` measures it now."""
         key = json.loads(json.dumps(key))
         self.bar.set_description(" ".join(str(value) for value in key.values()))
         found = next((run for run in self.runs if all(run.get(name) == value for name, value in key.items())), None)

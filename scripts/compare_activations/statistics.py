@@ -7,7 +7,7 @@ CONFIDENCE = 0.95
 
 
 def interval(values, comparisons: int = 1) -> tuple[float, float]:
-    """(mean, half the width of its 95 % confidence interval), for values that are independent and about normal.
+    """Returns (mean, half the width of its 95 % confidence interval). The values must be independent and about normal.
 
     With several `comparisons` the interval is wider (Bonferroni): all of them hold at once with 95 % confidence.
     """
@@ -17,5 +17,5 @@ def interval(values, comparisons: int = 1) -> tuple[float, float]:
 
 
 def paired(values, reference, comparisons: int = 1) -> tuple[float, float]:
-    """`interval` of the differences values - reference, seed by seed."""
+    """The `interval` of the differences values - reference, taken seed by seed."""
     return interval(np.subtract(values, reference), comparisons)

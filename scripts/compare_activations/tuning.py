@@ -1,4 +1,4 @@
-"""One comparison by a score: some seeds choose the learning rate, other seeds compare the contestants at it."""
+"""Compares contestants by a score. Some seeds choose each learning rate, and other seeds compare at that rate."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -24,12 +24,12 @@ def compare(
     """Records two runs in the ledger: the tuning of the learning rate and the comparison.
 
     Args:
-      evaluate: members -> the score of each, trained from scratch. Less is better.
+      evaluate: trains members from scratch and returns the score of each. Less is better.
       ledger: the record of all runs.
       learning_rates: the grid, the same for every contestant.
       tuning_seeds: the seeds whose mean score chooses a rate from the grid.
       seeds: the seeds that are compared, at the chosen rate.
-      **key: the name of both runs in the ledger, next to `part`.
+      **key: the fields that name both runs in the ledger, in addition to `part`.
     """
 
     def scored(members):

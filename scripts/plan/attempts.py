@@ -59,7 +59,7 @@ def attempt(case: Case, chip: Chip, target: str) -> dict[str, Any]:
 def transfers(collectives: Iterable[aot.Collective], mesh: tuple[int, ...]) -> list[dict[str, Any]]:
     """The transfers of one run, summed by kind and mesh axes; the largest come first.
 
-    A sum is `at_least` if one of its transfers is in a loop whose number of turns is not known.
+    If one of them is in a loop that runs an unknown number of times, it counts once, and the sum is marked `at_least`.
     """
     sums: dict[tuple[str, str], dict[str, Any]] = {}
     for each in collectives:
@@ -74,7 +74,7 @@ def transfers(collectives: Iterable[aot.Collective], mesh: tuple[int, ...]) -> l
 
 
 def axes_of(groups: tuple[tuple[int, ...], ...], mesh: tuple[int, ...]) -> str:
-    """The names of the mesh axes along which the chips of a group differ. XLA numbers chips in the mesh's order."""
+    """The names of the mesh axes along which the chips of a group lie. XLA numbers chips in the mesh's order."""
     places = [np.stack(np.unravel_index(group, mesh)) for group in groups]
     differs = np.any([(place != place[:, :1]).any(axis=1) for place in places], axis=0)
     return ", ".join(np.array(AXES)[differs])

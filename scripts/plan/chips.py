@@ -1,4 +1,4 @@
-"""The published numbers of each chip. All speeds are per chip and per second; links count in one direction."""
+"""The published numbers of each chip. Speeds are per chip and second. Links are counted in one direction."""
 
 import math
 import re
@@ -17,7 +17,7 @@ class Chip:
       flops: FLOP/s of dense bfloat16 matmuls.
       hbm_speed: bytes/s of its memory.
       link_speed: bytes/s that it sends over all its links together.
-      host: how many chips the links connect. None if they connect all chips.
+      host: how many chips the links of one host connect. None if the links connect all chips.
       network_speed: bytes/s that a chip sends over the network to other hosts.
     """
 
@@ -41,8 +41,8 @@ class Chip:
 
 
 # TPUs: "key specifications" of cloud.google.com/tpu/docs/v5e, /v5p and /v6e. The links are half of the bidirectional
-# inter-chip bandwidth of 400, 1200 and 800 GB/s. The memory is what the errors of libtpu 0.0.52 call available, of 16,
-# 96 and 32 GiB.
+# inter-chip bandwidth of 400, 1200 and 800 GB/s. The chips have 16, 96 and 32 GiB. The errors of libtpu 0.0.52 say how
+# much of that a program may use.
 # H200: NVIDIA's data sheet has 141 GB, 4.8 TB/s, 1979 TFLOP/s with sparsity (half without), and NVLink of 900 GB/s in
 # both directions together. The DGX H200 data sheet has eight network cards of 400 Gbit/s for eight chips.
 CHIPS = {
@@ -64,7 +64,7 @@ def parse(target: str) -> tuple[Chip, int, str]:
         name in CHIPS and re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", shape) is not None,
         f"A target must be CHIP:TOPOLOGY, where the chip is one of {', '.join(CHIPS)}.",
         repr(target),
-        "examples are v5e:16x16, v5p:8x8x8, v6e:16x16 and h200:8.",
+        "use a target like v5e:16x16, v5p:8x8x8, v6e:16x16 or h200:8.",
     )
     count = math.prod(map(int, shape.split("x")))
     return CHIPS[name], count, f"h200:{count}" if name == "h200" else f"tpu {target}"

@@ -37,7 +37,7 @@ def cases(choices: Iterable[tuple[int, int, int]], preset: str, program: str, to
 
 
 def search(ladders: list[list[Case]], attempt: Callable[[Case], dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """Yields a row for each case. Once a policy does not fit, the policies that save more are `skipped`."""
+    """Yields a row for each case. After a policy that does not fit, those that save more are `skipped`."""
     for ladder in ladders:
         skipped = None
         for case in ladder:

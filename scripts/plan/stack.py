@@ -33,11 +33,11 @@ class Saved(NamedTuple):
 
     save: Any  # the save policy of the MLP itself
     names: tuple[str, ...]  # the tags that jax.checkpoint saves around the block
-    matmuls: int  # of one layer in a training step
+    matmuls: int  # the number of matmuls of one layer in a training step
 
 
 # The policy that saves least comes first. The forward pass has three matmuls and the backward pass six. Recomputing
-# gate and up takes two more; recomputing the whole MLP, for the norm after it, takes another three.
+# gate and up takes two more. Recomputing the MLP's output, which the norm after it needs, takes another three.
 SAVES = {
     "block": Saved("input", (), 3 + 6 + 5),
     "input": Saved("input", ("mlp_out",), 3 + 6 + 2),
@@ -54,9 +54,9 @@ class Case:
       preset: a name in `gemma_mlp.PRESETS`.
       program: `train` or `forward`.
       mesh: the sizes of the axes data, fsdp and tensor.
-      tokens: the length of a sequence. There is one sequence for each of data times fsdp.
+      tokens: the length of a sequence. A batch has data times fsdp sequences.
       save: a name in SAVES.
-      sequence_parallel: whether the tensor axis splits the residual stream's length, outside of the feed-forward.
+      sequence_parallel: whether the tensor axis shards the residual stream's length, outside of the feed-forward.
     """
 
     preset: str
@@ -121,7 +121,9 @@ def build(case: Case, mesh: Mesh) -> tuple[Callable, tuple[Any, ...], tuple[int,
 def _forward(case):
     policy = jax.checkpoint_policies.save_only_these_names(*SAVES[case.save].names)
 
-    @functools.partial(jax.checkpoint, policy=policy, prevent_cse=False)  # scan separates the passes
+    @functools.partial(
+        jax.checkpoint, policy=policy, prevent_cse=False
+    )  # scan already keeps XLA from merging the passes
     def layer(x, params):
         return mlp_block(params, x, case.config), None
 

@@ -25,7 +25,7 @@ def save(manager: ocp.CheckpointManager, step: int, state: TrainState) -> None:
 def restore_or_init(
     manager: ocp.CheckpointManager, model: LanguageModel, optimizer, seed: int, shardings: TrainState
 ) -> tuple[TrainState, int]:
-    """(state, the number of steps behind it): from the last checkpoint, or freshly initialised if there is none.
+    """Returns (state, steps done so far) from the last checkpoint, or initialises the state if there is none.
 
     The checkpoint may have been written on another mesh.
     """
@@ -48,7 +48,7 @@ def restore_or_init(
 
 
 def state_shardings(api: str, sizes: tuple, model: LanguageModel, optimizer, placement: Placement) -> TrainState:
-    """The sharding of every array of the state: by its logical axes on a mesh, and the first device without one."""
+    """The sharding of every array of the state: by its logical axes if there is a mesh, else on the first device."""
     shapes = jax.eval_shape(make_init(model.init, optimizer), jax.random.key(0))
     if placement.mesh is None:
         return jax.tree.map(lambda _: placement.rows, shapes)

@@ -1,4 +1,4 @@
-"""A run that several processes share: how they find each other, wait for each other and end together."""
+"""Lets several processes share a run: they find each other, wait for each other and end together."""
 
 import os
 import sys
@@ -9,16 +9,16 @@ from typing import Any
 import jax
 from jax.experimental import multihost_utils
 
-HEARTBEAT_SECONDS = 20  # a process that is silent for so long counts as dead; JAX then ends those that wait for it
+HEARTBEAT_SECONDS = 20  # JAX takes a process that is silent for so long for dead, and ends all that wait for it
 
 
 def join(coordinator_address: str | None, num_processes: int | None, process_id: int | None) -> None:
     """Makes this process one of several.
 
-    For every argument that is None, JAX asks the cluster (SLURM, MPI, GKE, Cloud TPU).
+    JAX asks the cluster (SLURM, MPI, GKE, Cloud TPU) for every argument that is None.
 
     Raises:
-      RuntimeError: if the other processes do not come.
+      RuntimeError: if the other processes do not connect in time.
     """
     jax.distributed.initialize(
         coordinator_address, num_processes, process_id, heartbeat_timeout_seconds=HEARTBEAT_SECONDS
@@ -31,7 +31,7 @@ def is_first() -> bool:
 
 
 def gathered(tree: Any) -> Any:
-    """`tree` with every array whole, in the memory of this process."""
+    """Returns `tree` with every array complete in the memory of this process."""
     return multihost_utils.process_allgather(tree, tiled=True) if jax.process_count() > 1 else jax.device_get(tree)
 
 
@@ -45,7 +45,7 @@ def wait_for_all(what: str) -> None:
 def all_or_none() -> Iterator[None]:
     """Ends this process, with a message, when a computation that it shares with others fails because one has died.
 
-    It ends at once: JAX's and Orbax's orderly exits would wait for the process that died.
+    It ends at once, because the orderly exits of JAX and Orbax would wait for the process that died.
     """
     try:
         yield

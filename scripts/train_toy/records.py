@@ -1,4 +1,4 @@
-"""What a run leaves to look at: metrics as JSON lines and as TensorBoard events, and a figure of the loss."""
+"""The records of a run: metrics as JSON lines and as TensorBoard events, and a figure of the loss."""
 
 import json
 from pathlib import Path
@@ -10,7 +10,7 @@ from workdir import read_json_lines, write_atomically
 
 
 class MetricsLog:
-    """Appends to metrics.jsonl and to a TensorBoard event file. A run that continues drops the records after `step`."""
+    """Appends to metrics.jsonl and to a TensorBoard event file. A run that continues drops records after `step`."""
 
     def __init__(self, workdir: Path, step: int):
         path = metrics_path(workdir)

@@ -86,7 +86,7 @@ def train(config: RunConfig) -> dict[str, Any]:
                     checkpoints.save(manager, step, state)
                 bar.set_postfix(shown, refresh=False)
                 bar.update(config.batch_size * config.seq_len)
-            if heldout is None:  # the run was complete before
+            if heldout is None:  # an earlier run had already done all steps
                 heldout = evaluate(state.params)
             text = sample(processes.gathered(state.params), corpus, config)
             if log:
@@ -112,7 +112,7 @@ def train(config: RunConfig) -> dict[str, Any]:
 
 
 def make_batches(corpus: data.Corpus, config: RunConfig, placement: Placement):
-    """step -> the batch [B, T + 1] of that step, on its devices."""
+    """Makes a function that takes a step and returns its batch [B, T + 1], placed on the devices."""
     windows = data.training_windows(corpus.train, config.seq_len, config.seed)
 
     def batch(step):
@@ -148,7 +148,7 @@ def bits(step: int, loss: jax.Array) -> float:
 
 
 def sample(params, corpus: data.Corpus, config: RunConfig) -> str:
-    """The prompt, a `|`, and the text that the model continues it with; computed on one device."""
+    """The prompt, a `|`, and the text with which the model continues it. This runs on one device."""
     model = language_model.make(config.api, config.mlp, config.num_layers, config.num_heads)
     prompt = np.concatenate([corpus.train, np.frombuffer(config.prompt.encode(), np.uint8)])[-config.seq_len :]
     text = sampling.continue_text(model, params, prompt, config.sample_bytes, jax.random.key(config.seed))

@@ -1,4 +1,4 @@
-"""The configuration of a run: types and rules of the values in configs/train_toy.py."""
+"""The configuration of a run, with types and rules for the values in configs/train_toy.py."""
 
 import dataclasses
 
@@ -11,7 +11,8 @@ class RunConfig:
     """One training run. The comments in configs/train_toy.py say what each field means.
 
     Raises:
-      ValueError: at construction, for a size or an interval below 1, or a share outside of [0, 1).
+      ValueError: if a size or an interval is below 1, a share is outside of [0, 1), or the heads do not divide the
+        width.
     """
 
     api: str

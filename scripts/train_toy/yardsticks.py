@@ -1,4 +1,4 @@
-"""Bits per byte that a language model should beat, from the same held-out text."""
+"""Two scores in bits per byte of the same held-out text, which a language model should beat."""
 
 import lzma
 
@@ -9,14 +9,14 @@ HISTORY = 64 * MIB  # the dictionary of xz's preset 9; xz never looks further ba
 
 
 def unigram_bits_per_byte(heldout: np.ndarray) -> float:
-    """The entropy of the frequencies of the held-out bytes: the lower bound for a model that sees no context."""
+    """The entropy of the frequencies of the held-out bytes. A model that sees no context cannot do better."""
     share = np.bincount(heldout, minlength=256) / len(heldout)
     share = share[share > 0]
     return float(-(share * np.log2(share)).sum())
 
 
 def xz_bits_per_byte(train: np.ndarray, heldout: np.ndarray) -> float:
-    """The growth of the `xz -9e` file when the held-out text is appended to the training text, in bits per byte."""
+    """How much the `xz -9e` file grows when the held-out text follows the training text, in bits per byte."""
     history = train[-HISTORY:].tobytes()
     return 8 * (_xz_size(history + heldout.tobytes()) - _xz_size(history)) / len(heldout)
 
