@@ -27,7 +27,7 @@ def config(name: str, about: str, size: str | None = None) -> flags.FlagHolder:
     path = CONFIGS / f"{name}.py"
     default = str(path) if size is None else f"{path}:{size}"
     return config_flags.DEFINE_config_file(
-        "config", default, f"The file of settings. {about} Override one with --config.FIELD=VALUE."
+        "config", default, f"The file of settings. {about} Change a setting with --config.FIELD=VALUE."
     )
 
 
