@@ -1,10 +1,10 @@
-"""What holds for every test: strict JAX, eight CPU devices, and sets of tests that run only if what they need is there.
+"""Settings for every test: strict JAX, eight CPU devices, and sets of tests that run only if their needs are installed.
 
 JAX runs with full float32 matmuls (TPUs round them otherwise) and without implicit promotion. The CPU counts as eight
 devices, for the tests of meshes. All other tests run on the first device.
 
-A test that needs one of SETS is left out if that is missing. The run's last lines say how many tests were left out, and
-how to install what they need.
+A test of one of SETS is left out if what it needs is missing. The run's last lines say how many tests were left out,
+and how to install what they need.
 """
 
 from importlib import metadata
@@ -39,7 +39,7 @@ def pytest_configure(config):
     config.stash[NOT_RUN] = dict.fromkeys((*SETS, "slow"), 0)
 
 
-@pytest.hookimpl(trylast=True)  # after -k and -m, so that only tests count that would have run
+@pytest.hookimpl(trylast=True)  # after -k and -m, so that only tests that would have run are counted
 def pytest_collection_modifyitems(config, items):
     for name, (_, packages, _) in SETS.items():
         needing = {item for item in items if item.get_closest_marker(name) or name in getattr(item, "fixturenames", ())}

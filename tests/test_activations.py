@@ -1,3 +1,5 @@
+"""The activations have the values of the GLU family, and GELU's tanh form is 4.73e-4 off at most."""
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -22,7 +24,7 @@ def test_the_family_is_shazeers():
 
 
 @pytest.mark.parametrize("name", sorted(GLU_FAMILY))
-def test_values_against_literals_and_oracle(name):
+def test_values_equal_literals_and_the_oracle(name):
     with jax.enable_x64(True):
         at_points = ACTIVATIONS[name](jnp.array([1.0, -2.0], jnp.float64))
         np.testing.assert_allclose(at_points, LITERALS[name], atol=5e-11)

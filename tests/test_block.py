@@ -1,4 +1,4 @@
-"""RMSNorm and the whole block against the float64 oracle."""
+"""RMSNorm and the whole block equal the float64 oracle, and round nothing but what is stored."""
 
 import functools
 import itertools
@@ -56,7 +56,7 @@ class TestRMSNorm:
         x = np.float32(np.sign(self.case((3,))[1]))
         np.testing.assert_allclose(rms_norm(jnp.zeros(EMBED_DIM), jnp.asarray(x)), x, rtol=1e-6)
 
-    def test_mixed_dtypes(self):
+    def test_mixed_dtypes_give_the_wider_one_unless_a_dtype_is_given(self):
         scale, x, _ = self.case((3,))
         scale, x = jnp.float32(scale), jnp.asarray(x, "bfloat16")
         assert rms_norm(scale, x).dtype == jnp.float32
@@ -72,7 +72,7 @@ class TestRMSNorm:
             (jnp.zeros(5, "int32"), jnp.zeros((2, 5)), "scale must be an array of"),
         ],
     )
-    def test_errors(self, scale, x, message):
+    def test_wrong_shapes_and_dtypes_are_explained(self, scale, x, message):
         with pytest.raises(ValueError, match=message):
             rms_norm(scale, x)
 
@@ -97,7 +97,7 @@ def test_bfloat16_is_at_the_floor_of_rounding_what_is_stored(activation, use_bia
         assert error <= FLOOR_FACTOR * floor[name], name
 
 
-def test_without_post_norm_as_in_gemma_1():
+def test_post_norm_can_be_left_out_as_in_gemma_1():
     arrays, x, dy = case((3,), post_norm=False)
     for name, error in errors(run(arrays, x, dy, "float32", post_norm=False), exact_result(arrays, x, dy)).items():
         assert error <= FLOAT32_BOUND, name
@@ -131,7 +131,7 @@ def test_the_residual_stream_keeps_its_dtype():
     assert relative_error(added, oracle.block(arrays, x, "gelu_tanh", NORM_EPS) - x) <= 5e-3
 
 
-def test_saved_residuals():
+def test_three_arrays_of_a_block_are_saved_for_the_backward_pass():
     """JAX saves the inputs of the block, the MLP and the post-norm in bfloat16, and no float32 array of a norm."""
     arrays, x, _ = case((3, 5))
     params, x = samples.block_params(arrays, "bfloat16"), jnp.asarray(x, "bfloat16")

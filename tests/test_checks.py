@@ -1,4 +1,4 @@
-"""Value assertions: off unless asked for, on under every transformation once they are."""
+"""Checks of values are off by default. Inside check_values they work under every transformation."""
 
 import jax
 import jax.numpy as jnp
@@ -86,7 +86,7 @@ def test_an_overflow_inside_is_found():
 
 
 @pytest.mark.parametrize("shell", ["nnx", "linen"])
-def test_modules(shell):
+def test_modules_are_checked_too(shell):
     x = jnp.ones((3, 8))
     if shell == "nnx":
         call = gemma_mlp.nnx.MLPBlock(CONFIG, rngs=nnx.Rngs(0))

@@ -1,3 +1,5 @@
+"""The presets have the published sizes, and a config refuses wrong values."""
+
 import dataclasses
 import pickle
 

@@ -104,6 +104,6 @@ def test_it_runs_with_our_mlp_in_place_of_its_feed_forward():
 
 
 def flat(gradient):
-    """(name, leaf) with Linear's `kernel` left out, which is all that the names differ in."""
+    """Yields (name, leaf). Linear's `kernel` is left out of the names, so that ours and theirs are the same."""
     for path, leaf in jax.tree_util.tree_flatten_with_path(nnx.to_pure_dict(gradient))[0]:
         yield jax.tree_util.keystr(path, simple=True, separator="/").replace("_proj/kernel", "_proj"), leaf

@@ -1,4 +1,4 @@
-"""Eight devices give the numbers of one, the rules place every parameter, and errors name the sizes."""
+"""Eight devices give the numbers of one device, the rules place every parameter, and errors name the sizes."""
 
 import dataclasses
 import functools
@@ -59,7 +59,7 @@ def test_a_mesh_changes_no_number(mesh, rules, save, chunk_size):
 
 
 @vary("shell mesh rules", itertools.product(("nnx", "linen"), MESHES, RULES), together="shell mesh rules")
-def test_the_block_of_both_shells(shell, mesh, rules):
+def test_a_mesh_changes_no_number_of_either_shells_block(shell, mesh, rules):
     (shape, axis_type), rules = mesh, RULES[rules]
     mesh = make_mesh(*shape, axis_type)
     config = dataclasses.replace(CONFIG, axis_rules=rules)
@@ -137,7 +137,7 @@ def test_dropout_and_biases_are_those_of_one_device(rules, chunk_size, axis_type
 
 
 @pytest.mark.parametrize("shape", [(16,), (8, 16), (8, 1, 8, 16)], ids=str)
-def test_any_leading_axes(shape):
+def test_x_may_have_any_leading_axes(shape):
     """The first axis of [N, D] is the batch. Axes between the batch and the length are not sharded."""
     mesh, rules = make_mesh(2, 4), sharding.SEQUENCE_PARALLEL_RULES
     arrays = case()[0]
@@ -158,7 +158,7 @@ def test_rules_change_nothing_without_a_mesh():
     assert programs[0].replace("axis_rules=None", "") == programs[1].replace(f"axis_rules={sharding.RULES}", "")
 
 
-def test_hidden_activations_on_explicit_axes():
+def test_hidden_activations_have_explicit_axes():
     arrays, x, _, _ = case()
     mesh, rules = make_mesh(2, 4, AxisType.Explicit), sharding.SEQUENCE_PARALLEL_RULES
     with jax.set_mesh(mesh):

@@ -30,7 +30,7 @@ def inputs(*batch):
 
 
 def nnx_module(kind, config=CONFIG, seed=0):
-    """An NNX module whose every parameter, the norms' too, is random."""
+    """An NNX module in which every parameter is random, also those of the norms."""
     module = getattr(gemma_mlp.nnx, kind)(config, rngs=nnx.Rngs(seed))
     rng = np.random.default_rng(seed)
     state = nnx.state(module, nnx.Param)
@@ -99,7 +99,7 @@ def test_same_tree_and_bit_equal_outputs_and_gradients(kind, options, param_dtyp
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_logical_axis_names_on_every_parameter(kind):
+def test_every_parameter_has_its_logical_axis_names(kind):
     config = dataclasses.replace(CONFIG, use_bias=True)
     expected = {
         "gate_proj": ("embed", "mlp"),
@@ -182,7 +182,7 @@ def linen_variables(config):
 
 
 class TestCapture:
-    """The hidden activations, for people who study them; nothing is computed for those who do not."""
+    """Captures the hidden activations, for people who study them. Nothing is computed if nobody captures them."""
 
     def test_nnx(self):
         module, x = nnx_module("MLPBlock"), inputs(4)
@@ -312,7 +312,7 @@ class TestBridge:
         assert spec == jax.sharding.PartitionSpec("mlp", "embed")
 
 
-def test_nnx_split_merge_and_eval_shape():
+def test_nnx_splits_merges_and_makes_abstract_modules():
     module, x = nnx_module("MLPBlock", DROPOUT), inputs(4)
     graphdef, params, rest = nnx.split(module, nnx.Param, ...)
     merged = nnx.merge(graphdef, params, rest)

@@ -15,7 +15,7 @@ from tests.support.gpu_kernels import CASES, END, START, UNEVEN, saves
 
 pytestmark = pytest.mark.needs_compilers
 ROOT = Path(__file__).parents[2]
-SPILLING = "hidden_gradients", 128, 512, 256, "gelu"  # up to 1 KiB, as newer versions of JAX approximate erf
+SPILLING = "hidden_gradients", 128, 512, 256, "gelu"  # up to 1 KiB with the erf of newer versions of JAX
 
 
 @functools.cache
@@ -35,7 +35,7 @@ def compiler_output():
 
 @functools.cache
 def compiled_cases():
-    """By case: (temp_bytes, bytes of results that overwrite nothing, HLO, PTX and the report of ptxas)."""
+    """{case: (temp_bytes, bytes of the results that overwrite nothing, HLO, PTX with the report of ptxas)}."""
     status, output = compiler_output()
     assert status == 0, output[-5000:]
     cases = {}
@@ -94,7 +94,7 @@ def test_multiplies_in_warp_groups_and_spills_no_register(case):
     spilled = int(re.search(r"(\d+) bytes spill stores", assembly)[1])
     assert spilled <= 1024 if case == SPILLING else spilled == 0
     assert ".local" not in assembly
-    assert "serialized" not in assembly  # as ptxas warns if every matmul waits for the one before
+    assert "serialized" not in assembly  # ptxas says so if every matmul waits for the one before
     assert "tanh.approx" not in assembly
 
 

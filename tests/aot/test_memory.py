@@ -1,4 +1,4 @@
-"""The memory that the chips' compilers give the feed-forward, at 8,192 tokens in bfloat16.
+"""The chips' compilers give the feed-forward no more memory than is promised, at 8,192 tokens in bfloat16.
 
 Bounds are in MiB of temporary memory, in [T, F] arrays of the compute dtype, or relative to `plain`, the formula as JAX
 differentiates it, compiled for the same chip.
@@ -78,7 +78,7 @@ def test_tpu_gradient_of_one_layer_needs_three_arrays(target, size, save):
         *(slow(target, "gate_up") for target in (V5E, V5P)),
     ],
 )
-def test_tpu_scanned_stack(target, save):
+def test_tpu_gradient_of_a_scanned_stack_stays_within_its_bound(target, save):
     """`input` takes 576 MiB on v5e, 612 on v6e and on v5p (648 there without the barrier on x)."""
     bound = {"input": 620, "gate_up": 1770}[save]
     assert gradient_bytes(target, "scanned", save, "gemma2_2b") <= bound * MIB
@@ -90,7 +90,7 @@ def test_tpu_scanned_stack_of_27b_fits_a_v5e():
 
 
 @pytest.mark.slow
-def test_tpu_unrolled_stack():
+def test_tpu_gradient_of_an_unrolled_stack_needs_less_than_plain():
     """`input` takes two thirds of plain; `gate_up` takes as much as plain (1,481 MiB against 1,418)."""
     plain = gradient_bytes(V5E, "unrolled", "plain", "gemma2_2b")
     assert gradient_bytes(V5E, "unrolled", "input", "gemma2_2b") <= 0.66 * plain
@@ -98,20 +98,20 @@ def test_tpu_unrolled_stack():
 
 @pytest.mark.parametrize(("save", "share"), [("gate_up", 0.42), ("input", 0.22)])
 @pytest.mark.parametrize("triton", [True, slow(False)])
-def test_h200_scanned_stack(triton, save, share):
+def test_h200_gradient_of_a_scanned_stack_needs_less_than_plain(triton, save, share):
     plain = gradient_bytes("h200", "scanned", "plain", "gemma2_2b", triton)
     assert gradient_bytes("h200", "scanned", save, "gemma2_2b", triton) <= share * plain
 
 
 @pytest.mark.parametrize("triton", [True, slow(False)])
-def test_h200_scanned_stack_in_slices_of_f(triton):
+def test_h200_gradient_in_slices_of_f_needs_less_still(triton):
     plain = gradient_bytes("h200", "scanned", "plain", "gemma2_2b", triton)
     assert gradient_bytes("h200", "scanned", "input", "gemma2_2b", triton, chunk_size=1024) <= 0.14 * plain
 
 
 @pytest.mark.parametrize(("save", "share"), [("gate_up", 0.75), ("input", 0.40)])
 @pytest.mark.parametrize("triton", [True, slow(False)])
-def test_h200_unrolled_stack(triton, save, share):
+def test_h200_gradient_of_an_unrolled_stack_needs_less_than_plain(triton, save, share):
     plain = gradient_bytes("h200", "unrolled", "plain", "gemma2_2b", triton)
     assert gradient_bytes("h200", "unrolled", save, "gemma2_2b", triton) <= share * plain
 
@@ -138,15 +138,15 @@ def test_gate_and_up_are_offloaded_by_jaxs_own_policy(target):
     assert "S(5)" in offloaded.text  # the host's memory space
 
 
-def test_plain_needs_what_is_said_of_it():
-    """The yardstick itself: eight [T, F] arrays per scanned layer on a TPU."""
+def test_plain_needs_eight_arrays_per_layer():
+    """Plain is the yardstick of the other tests. On a TPU it takes eight [T, F] arrays per scanned layer."""
     expected = 8 * LAYERS * hidden_bytes(make_config("gemma2_2b"))
     assert gradient_bytes(V5E, "scanned", "plain", "gemma2_2b") == pytest.approx(expected, rel=0.12)
 
 
 @pytest.mark.parametrize(("target", "bound"), [(V5E, 940), slow("h200", 1170)])
-def test_scanned_stack_of_whole_blocks(target, bound):
-    """937 and 1,161 MiB, without jax.checkpoint around the block: 2,953 and 3,178 if JAX chooses what to save."""
+def test_gradient_of_scanned_blocks_stays_within_its_bound(target, bound):
+    """937 and 1,161 MiB measured. They would be 2,953 and 3,178 if JAX chose what to save."""
     config = make_config("gemma2_2b")
     shapes = jax.eval_shape(lambda: MLPBlockParams.init(config, jax.random.key(0)))
     stacked = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((LAYERS, *leaf.shape), leaf.dtype), shapes)

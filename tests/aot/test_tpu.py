@@ -1,4 +1,4 @@
-"""The kernels for TPUs as their compilers make them: memory, code, transfers on a mesh; bfloat16, 8,192 tokens."""
+"""The kernels for TPUs as the compilers make them: memory, code, and transfers on a mesh (bfloat16, 8,192 tokens)."""
 
 import dataclasses
 import functools
@@ -111,15 +111,15 @@ def test_decoding_from_float32_weights_makes_no_copy_of_them(target, tokens):
         slow(V5E, "gemma2_27b", "gate_up", 6445, 6624),
     ],
 )
-def test_gradient_of_a_scanned_stack(target, size, save, expected, by_xla):
-    """MiB (a v5p has the sums of two cores); test_memory.py holds XLA's matmuls to what they need."""
+def test_gradient_of_a_scanned_stack_needs_less_than_by_xla(target, size, save, expected, by_xla):
+    """The numbers are MiB; a v5p also has the sums of two cores. test_memory.py tests what XLA's matmuls need."""
     compiled = compile_gradient(target, "scanned", kernels(size, save))
     assert compiled.temp_bytes <= (expected + 1) * MIB < by_xla * MIB
 
 
 @pytest.mark.parametrize(("target", "size"), [(V6E, "gemma2_2b"), slow(V5P, "gemma2_9b"), slow(V5E, "gemma2_27b")])
 def test_hidden_activations_need_no_memory(target, size):
-    """XLA's matmuls need one [T, F] more, for gate."""
+    """XLA's matmuls need one more [T, F] array, for gate."""
     config = kernels(size)
     arguments = params(config), inputs(config)
     by_xla = dataclasses.replace(config, implementation="xla")
@@ -156,8 +156,8 @@ def test_every_activation_is_lowered():
     assert len(re.findall(r"%\S*geglu_gradients_from_saved\S* = ", text)) == 4
 
 
-def test_sequence_parallel_gradient_of_27b_on_a_pod():
-    """349.3 MiB measured, 374.5 by XLA's matmuls. Each weight's shard is gathered once, and so are x and dy."""
+def test_sequence_parallel_gradient_gathers_each_array_once():
+    """349.3 MiB measured; XLA's matmuls take 374.5. Each weight's shard is gathered once, and so are x and dy."""
     program = compile_layer(POD, 16, 16, sharding.SEQUENCE_PARALLEL_RULES, one, implementation="pallas")
     assert program.temp_bytes <= 350 * MIB
     assert sorted(gathered_bytes(program)) == [WEIGHT_SHARD] * 3 + [SEQUENCE] * 2

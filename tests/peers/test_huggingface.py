@@ -1,4 +1,4 @@
-"""Against Hugging Face's Gemma 2 on PyTorch, in float32: the MLP, the norm, and the MLP half of a decoder layer."""
+"""The MLP, the norm and the block equal those of Hugging Face's Gemma 2 on PyTorch, in float32."""
 
 import contextlib
 
@@ -46,7 +46,7 @@ def hf_config():
 
 
 def load(linear, array):
-    """Our weights are (in, out), torch's (out, in)."""
+    """Copies a weight. Ours are (in, out), those of torch are (out, in)."""
     linear.weight.data = torch.tensor(array.T, dtype=torch.float32)
 
 
@@ -56,7 +56,7 @@ def load_mlp(module, arrays):
 
 
 def compare(ours, theirs, params, x, dy, theirs_by_name):
-    """Value, gradient of the input and of every parameter."""
+    """Compares the value, and the gradients of the input and of every parameter."""
     torch_x = torch.tensor(x, dtype=torch.float32, requires_grad=True)
     expected = theirs(torch_x)
     expected.backward(torch.tensor(dy, dtype=torch.float32))
@@ -71,7 +71,7 @@ def projections(dparams, module):
     return [(getattr(dparams, name).T, getattr(module, name).weight) for name in ("gate_proj", "up_proj", "down_proj")]
 
 
-def test_mlp():
+def test_the_mlp_equals_the_peers():
     arrays, x, dy = case()
     theirs = modeling_gemma2.Gemma2MLP(hf_config())
     load_mlp(theirs, arrays["mlp"])
@@ -79,7 +79,7 @@ def test_mlp():
     compare(lambda p, x: mlp(p, x, CONFIG), theirs, params, x, dy, lambda d: projections(d, theirs))
 
 
-def test_rms_norm():
+def test_the_norm_equals_the_peers():
     arrays, x, dy = case()
     theirs = modeling_gemma2.Gemma2RMSNorm(EMBED_DIM, eps=1e-6)
     theirs.weight.data = torch.tensor(arrays["pre_norm"], dtype=torch.float32)
@@ -87,8 +87,8 @@ def test_rms_norm():
     compare(lambda p, x: rms_norm(p.scale, x), theirs, scale, x, dy, lambda d: [(d.scale, theirs.weight)])
 
 
-def test_the_mlp_half_of_a_decoder_layer():
-    """The layer itself runs, with its attention replaced by nothing: what is left is x + 0, then the MLP half."""
+def test_the_block_equals_the_mlp_half_of_the_peers_decoder_layer():
+    """Their layer runs with an attention that returns zeros, so that only the MLP half acts on x."""
     arrays, x, dy = case()
     layer = modeling_gemma2.Gemma2DecoderLayer(hf_config(), layer_idx=0)
     load_mlp(layer.mlp, arrays["mlp"])

@@ -74,7 +74,7 @@ def logits(model):
 
 
 def mlp_half(layer, x):
-    """The peer's decoder layer without attention: x + 0, then the MLP half."""
+    """The peer's decoder layer with an attention that returns zeros, so that only the MLP half acts on x."""
 
     class NoAttention(torch.nn.Module):
         def forward(self, hidden_states, **_):

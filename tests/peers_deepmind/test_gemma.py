@@ -1,6 +1,6 @@
-"""DeepMind's own `gemma` package: its Transformer, its checkpoints, and our MLP inside it, in float32.
+"""Our blocks equal those of DeepMind's own `gemma` package, read its checkpoints, and run inside it, in float32.
 
-It brings TensorFlow and much else, so it has an environment of its own. tests/README.md says how to make it.
+The package installs TensorFlow and much else, so it has an environment of its own. tests/README.md says how to make it.
 """
 
 import contextlib
@@ -32,7 +32,7 @@ TOKENS = jnp.arange(12)[None] % 64
 
 
 def transformer(transpose):
-    """Gemma 2 as they configure it, in small."""
+    """A small Gemma 2, configured as they do it."""
     pattern = (_modules.AttentionType.LOCAL_SLIDING, _modules.AttentionType.GLOBAL)
     config = _config.TransformerConfig(
         num_embed=64,
@@ -54,7 +54,7 @@ def transformer(transpose):
 
 
 def draw(tree):
-    """Every leaf at random, norms too."""
+    """Draws every leaf at random, also the norms."""
     leaves, treedef = jax.tree.flatten(tree)
     keys = jax.random.split(jax.random.key(0), len(leaves))
     return treedef.unflatten([0.3 * jax.random.normal(key, leaf.shape) for key, leaf in zip(keys, leaves)])
@@ -115,13 +115,13 @@ def test_each_of_their_forms_is_read_and_written_back_bit_for_bit(tmp_path, peer
     merged = jax.tree_util.tree_map_with_path(lambda path, leaf: at(tree, path, leaf), expected)
     assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()) and a.dtype == b.dtype, merged, expected))
     gm.ckpts.save_params(merged, tmp_path / "ours", wait_until_finished=True)
-    loaded = gm.ckpts.load_params(tmp_path / "ours")  # of stacked forms, some leaves on one device, others on all
+    loaded = gm.ckpts.load_params(tmp_path / "ours")  # of stacked forms some leaves are on one device and others on all
     loaded = jax.device_put(loaded, jax.devices()[0])
     assert (logits(model, loaded) == logits(model, params)).all()
 
 
 def at(tree, path, otherwise):
-    """What `tree` holds at a path, if it has it; the count of those is tested by what holds them."""
+    """The leaf of `tree` at a path, or `otherwise` if `tree` has none there."""
     for key in path:
         if key.key not in tree:
             return otherwise
@@ -167,7 +167,7 @@ def test_their_transformer_runs_with_our_mlp(peer, monkeypatch):
         return swapped
 
     shapes = nn.unbox(jax.eval_shape(model.init, jax.random.key(0), TOKENS))["params"]
-    assert set(shapes["layer_0"]["mlp"]) == {"gate_proj", "up_proj", "down_proj"}  # it is ours that runs
+    assert set(shapes["layer_0"]["mlp"]) == {"gate_proj", "up_proj", "down_proj"}  # our MLP runs
     (_, got), gradients = jax.value_and_grad(lambda params: loss(with_our_mlps(params)), has_aux=True)(params)
     assert relative_error(got, np.asarray(expected, np.float64)) <= BOUND
     for ours_, theirs in zip(jax.tree.leaves(gradients), jax.tree.leaves(their_gradients), strict=True):

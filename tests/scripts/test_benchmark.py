@@ -1,4 +1,4 @@
-"""The benchmark measures what it says: its matmuls are the layer's, and its tables and figure have all their rows."""
+"""The benchmark times the matmuls of the layer, and its tables and figure have all their rows."""
 
 import json
 import subprocess
@@ -31,7 +31,7 @@ def test_every_form_of_a_matmul_is_that_matmul(axes, tokens):
         np.testing.assert_allclose(form(jnp.float32(a), jnp.float32(b)), expected, rtol=1e-5, atol=1e-6)
 
 
-def test_three_matmuls_forward_and_nine_in_all():
+def test_a_forward_pass_has_three_matmuls_and_a_gradient_nine():
     params = MLPParams.init(CONFIG, jax.random.key(0))
     forward, gradient = timing.bare_matmuls(params, jnp.ones((5, 16)))
     hidden, residual, weight = (5, 64), (5, 16), (16, 64)
@@ -58,7 +58,7 @@ def test_a_race_takes_turns_and_gives_medians(monkeypatch):
     assert turns == ["first", "second"] * 3
 
 
-def test_memory_of_this_machines_compiler():
+def test_this_machines_compiler_reports_memory_for_every_row():
     sizes = {"tokens": 2048, "layers": 4, "chunk_size": 256}
     rows = list(memory.measure("gemma3_270m", {"CPU": ("cpu", None)}, **sizes))
     assert len(rows) == 3 * 5 and all(row["CPU"] > 0 for row in rows)

@@ -117,7 +117,7 @@ class TestLedger:
         def update(self):
             self.updates += 1
 
-    def test_a_run_is_measured_once_and_kept_at_once(self, tmp_path):
+    def test_a_run_is_measured_once_and_saved_at_once(self, tmp_path):
         path = tmp_path / "runs.jsonl"
         first = Ledger(path, self.Bar())
         assert first.run(lambda: {"score": (1.0, 2.0)}, name="a", depth=4)["score"] == [1.0, 2.0]
@@ -143,11 +143,11 @@ def fail():
 
 
 class TestStatistics:
-    def test_interval_by_hand(self):
+    def test_an_interval_equals_one_by_hand(self):
         mean, half = interval([1.0, 2.0, 3.0, 4.0])
-        # t of 3 degrees of freedom: 3.182446 at 97.5 %; the standard error is sqrt(5/3) / 2.
+        # The 97.5 % quantile of t with 3 degrees of freedom is 3.182446. The standard error is sqrt(5/3) / 2.
         assert mean == 2.5 and half == pytest.approx(3.182446 * (5 / 3) ** 0.5 / 2, rel=1e-6)
-        # Of eight at a time each holds with 1 - 0.05 / 8, by integrating the density.
+        # With eight comparisons each interval holds with probability 1 - 0.05 / 8. The density is integrated here.
         quantile = interval([1.0, 2.0, 3.0, 4.0], 8)[1] / ((5 / 3) ** 0.5 / 2)
         t = np.linspace(-quantile, quantile, 200_001)
         inside = np.trapezoid(6 * 3**0.5 / (np.pi * (3 + t**2) ** 2), t)
@@ -162,11 +162,11 @@ class TestStatistics:
 
 
 class TestContestants:
-    def test_names(self):
+    def test_names_mean_shazeers_layers(self):
         assert {name: tuple(contestant[1:]) for name, contestant in CONTESTANTS.items()} == ACTIVATION
 
     @pytest.mark.parametrize("name", CONTESTANTS)
-    def test_equal_parameters_each_used_once_a_token(self, name):
+    def test_all_have_equally_many_parameters(self, name):
         config = contestants.mlp_config(name, 8, 24)
         assert config.hidden_dim == (24 if CONTESTANTS[name].gated else 36)
         init, _ = pure_functions(lambda key: contestants.block_class(name)(config, rngs=nnx.Rngs(params=key)))
@@ -189,7 +189,7 @@ class TestContestants:
         return [heldout.decoder(config, name) for name in CONTESTANTS]
 
     @pytest.mark.parametrize("name", CONTESTANTS)
-    def test_values_against_the_oracle(self, name):
+    def test_values_equal_the_oracle(self, name):
         activation, gated = ACTIVATION[name]
         config = contestants.mlp_config(name, 8, 24)
         mlp = contestants.mlp_class(name)(config, rngs=nnx.Rngs(0))
@@ -267,7 +267,7 @@ def test_members_are_divided_over_devices():
         return ((params["w"] - x) ** 2).sum()
 
     def weights(count):
-        """The trained weights of so many members, and the number of devices that held them."""
+        """The trained weights of `count` members, and the number of devices that held them."""
         members = [Member(seed, 0.1) for seed in range(count)]
         ensemble = ensembles.Ensemble(init, loss, ensembles.Schedule(5, 0.2, 0.0))
         w = ensemble.final(members, lambda seed, step: np.float32([seed, 0, step])).params["w"]
@@ -290,7 +290,7 @@ def test_a_models_score_is_in_bits_per_byte_wherever_it_was_trained(text):
 
 class TestTuning:
     def records(self, tmp_path, best):
-        """A contest whose score is the seed's own number, the contestant's, and the distance from its best rate."""
+        """Scores are 10 times the seed, plus the contestant's place, plus the distance from its best rate."""
         ledger = Ledger(tmp_path / "runs.jsonl", TestLedger.Bar())
         asked = []
         for offset, (name, rate) in enumerate(best.items()):
@@ -316,7 +316,7 @@ class TestTuning:
 
 
 class TestApproximation:
-    def test_the_forms_in_float64(self):
+    def test_the_forms_in_float64_differ_by_4_73e_4(self):
         measured = approximation.by_itself("float64")
         assert measured["max"] == pytest.approx(4.73e-4, abs=5e-7) and abs(measured["at"]) == pytest.approx(
             2.70, abs=0.01
@@ -336,12 +336,12 @@ class TestApproximation:
         measured = approximation.by_itself("bfloat16")
         assert measured["max"] == 2**-6 and 0.05 < measured["share_of_normal_that_differs"] < 0.15
 
-    def test_in_a_layer(self):
+    def test_in_a_layer_rounding_changes_more_than_the_form(self):
         exact, rounded = (approximation.in_a_layer("gemma3_270m", dtype, 2) for dtype in ("float32", "bfloat16"))
-        assert exact["rounding"] == 0 and 1e-4 < exact["forms"] < 4e-4  # of the same order as 8.5e-5 / E[gelu^2]^0.5
+        assert exact["rounding"] == 0 and 1e-4 < exact["forms"] < 4e-4  # about 8.5e-5 / E[gelu^2]^0.5 is expected
         assert 2e-3 < rounded["rounding"] < 3e-3 and rounded["forms"] < 3e-3
 
     @pytest.mark.slow
-    def test_in_a_model(self, smoke):
+    def test_in_a_model_the_forms_hardly_differ(self, smoke):
         (model,) = (run for run in tables(smoke[0])["approximation"] if run["part"] == "model")
         assert 0 < abs(model["difference"]) <= model["largest"] < 1e-3

@@ -1,4 +1,4 @@
-"""The measures of compare_activations.py against oracles: gradient flow, fit, curvature."""
+"""The measures of compare_activations.py (gradient flow, fit, curvature) equal values computed in other ways."""
 
 import functools
 
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.promotes
 
 
 class TestGradientFlow:
-    def test_norms_against_a_stack_written_out(self):
+    def test_norms_equal_those_of_a_stack_written_out(self):
         depth, dim = 2, 8
         wiring = gradient_flow.WIRINGS["norms and residual"]
         init, forward = gradient_flow.make_stack("geglu_tanh", dim, 16, depth, **wiring)
@@ -87,7 +87,7 @@ class TestExpressiveness:
         ours = get_config("compare_activations", "smoke").expressiveness
         ours.update(steps=1, batch_size=64)
         untrained = expressiveness.make_fit(ours, "bilinear", "|a|")([Member(0, 0.0), Member(1, 0.0)])
-        # y has mean square 1 and variance 1 - 2 / pi, an untrained output mean square about 1.
+        # y has mean square 1 and variance 1 - 2 / pi. An untrained output has a mean square of about 1.
         assert np.mean(untrained) == pytest.approx(np.log10(2 / (1 - 2 / np.pi)), abs=0.2)
 
 
@@ -100,7 +100,7 @@ class TestCurvature:
         start = jnp.float32(rng.standard_normal(30))
         assert curvature.largest_eigenvalue(lambda v: matrix @ v, start, 12) == pytest.approx(7.0, rel=1e-3)
 
-    def test_against_the_dense_hessian_of_a_feed_forward(self):
+    def test_both_measures_equal_those_by_the_dense_hessian(self):
         config = contestants.mlp_config("swiglu", 3, 4)
         init, apply = pure_functions(lambda key: gemma_mlp.nnx.MLP(config, rngs=nnx.Rngs(params=key)))
         x = jax.random.normal(jax.random.key(1), (16, 3))

@@ -1,4 +1,4 @@
-"""The planner's arithmetic and a plan by this machine's compiler; test_plan_compilers.py plans with the chips' own."""
+"""The planner's arithmetic, and plans by the CPU's compiler. test_plan_compilers.py plans with the chips' compilers."""
 
 import os
 import subprocess
@@ -17,12 +17,12 @@ ROOT = Path(__file__).parents[2]
 GIB = 2**30
 
 
-def case(preset="gemma2_27b", program="train", mesh=(1, 16, 16), tokens=8192, save="input", sequence_parallel=True):
-    return Case(preset, program, mesh, tokens, save, sequence_parallel)
+def case(preset="gemma2_27b", program="train", mesh=(1, 16, 16), tokens=8192, save="input"):
+    return Case(preset, program, mesh, tokens, save, sequence_parallel=True)
 
 
 class TestChips:
-    def test_targets(self):
+    def test_targets_are_read(self):
         assert chips.parse("v5e:16x16") == (chips.CHIPS["v5e"], 256, "tpu v5e:16x16")
         assert chips.parse("v5p:8x8x8") == (chips.CHIPS["v5p"], 512, "tpu v5p:8x8x8")
         assert chips.parse("h200:16") == (chips.CHIPS["h200"], 16, "h200:16")
@@ -32,8 +32,8 @@ class TestChips:
         with pytest.raises(ValueError, match=r"must be CHIP:TOPOLOGY, where the chip is one of v5e, v5p, v6e, h200\."):
             chips.parse(target)
 
-    def test_figures(self):
-        """TFLOP/s, GB/s of memory and GB/s sent, as the makers print them. Programs get less memory than they print."""
+    def test_figures_are_those_of_the_makers(self):
+        """TFLOP/s and GB/s of memory and links are those that makers print. Programs get a little less memory."""
         figures = {name: (c.flops / 1e12, c.hbm_speed / 1e9, c.link_speed / 1e9) for name, c in chips.CHIPS.items()}
         assert figures == {
             "v5e": (197, 819, 400 / 2),
@@ -58,7 +58,7 @@ class TestChips:
         assert chips.CHIPS["v5e"].speed_within(groups) == 200e9
 
 
-def test_layers_and_flops():
+def test_flops_are_those_of_the_parameters_and_of_what_is_recomputed():
     """Training takes 6 FLOPs for each parameter and token, and more for what is recomputed."""
     assert (LAYERS["gemma2_2b"], LAYERS["gemma2_9b"], LAYERS["gemma2_27b"]) == (26, 42, 46)
     parameters = 509_607_936 * 46
@@ -69,7 +69,7 @@ def test_layers_and_flops():
 
 
 def count_matmuls(jaxpr):
-    """The dot_generals that a TPU runs for one layer. A loop counts once, a choice by platform as its last branch."""
+    """The number of dot_generals in a layer on a TPU. A loop counts once, a choice by platform as its last branch."""
     found = 0
     for equation in jaxpr.eqns:
         inner = [getattr(each, "jaxpr", each) for each in jax.tree.leaves(list(equation.params.values()))]
@@ -103,10 +103,10 @@ class TestTransfers:
             ((tuple(range(12)),), "data, fsdp, tensor"),
         ],
     )
-    def test_axes(self, groups, axes):
+    def test_the_axes_of_groups_are_named(self, groups, axes):
         assert attempts.axes_of(groups, (2, 2, 3)) == axes
 
-    def test_sums(self):
+    def test_transfers_are_summed_by_kind_and_axes(self):
         ring = ((0, 1), (1, 0))
         found = [
             Collective("all-reduce", 8, ((0, 2), (1, 3)), 5),
@@ -125,7 +125,7 @@ class TestSearch:
         assert max(fsdp for _, fsdp, _ in search.all_meshes(512, "gemma2_2b", 8192)) == 256  # 2304 = 9 * 256
         assert max(tensor for *_, tensor in search.all_meshes(8, "gemma2_2b", 2)) == 2
 
-    def test_cases(self):
+    def test_each_mesh_and_rule_has_all_policies(self):
         ladders = search.cases([(1, 8, 1), (1, 4, 2)], "gemma2_2b", "train", 64)
         assert [(ladder[0].mesh, ladder[0].sequence_parallel) for ladder in ladders] == [
             ((1, 8, 1), False),
@@ -146,7 +146,7 @@ class TestSearch:
         assert tried == ["block", "input"]
         assert rows[2]["skipped"] == "save=input does not fit already" and not rows[2]["fits"]
 
-    def test_ranking(self):
+    def test_the_fastest_that_fits_comes_first(self):
         speeds = {"slow": (100, 1), "large": (2001, 9), "small": (2000, 3), "too large": (9000, 99)}
         rows = [
             {"case": name, "fits": name != "too large", "roofline_tokens_per_second": speed, "needed_bytes": size}
@@ -154,7 +154,7 @@ class TestSearch:
         ]
         assert [row["case"] for row in search.ranked(rows)] == ["small", "large", "slow"]
 
-    def test_nothing_fits(self):
+    def test_the_message_that_nothing_fits_names_the_leanest_case(self):
         rows = [
             {"case": "mesh=a", "fits": False, "needed_bytes": 20 * GIB},
             {"case": "mesh=b", "fits": False, "needed_bytes": 17.5 * GIB},
@@ -164,7 +164,7 @@ class TestSearch:
             "Nothing fits v5e:2x2: a chip has 15.75 GiB, and the leanest case needs 17.50 GiB, mesh=b. Fix: take more"
         )
 
-    def test_a_mesh_in_words(self):
+    def test_a_mesh_is_read_from_text(self):
         assert meshes.parse("data=2,fsdp=16,tensor=8") == (2, 16, 8)
         assert meshes.parse("tensor=8, fsdp=16") == (1, 16, 8)
         for text in ("", "8", "data=0,fsdp=1", "fsdp=-8", "fsdp=2,fsdp=4", "fsdp=2,rows=4"):
@@ -181,7 +181,7 @@ class TestByThisMachinesCompiler:
         return attempts.attempt(case("gemma3_270m", mesh=(2, 2, 2), tokens=16, **options), chip, "cpu")
 
     @pytest.mark.promotes  # optax does
-    def test_a_training_step(self):
+    def test_a_training_step_has_the_bytes_and_flops_of_arithmetic(self):
         row = self.attempt()
         assert row["mesh"] == dict(zip(meshes.AXES, (2, 2, 2))) and row["layers"] == 18 and row["tokens"] == 4 * 16
         weights, norms = 18 * 3 * 640 * 2048 // 4, 18 * 2 * 640 // 2  # weights over fsdp and tensor, norms over fsdp
@@ -202,7 +202,7 @@ class TestByThisMachinesCompiler:
         # A chip has a shard of every weight's gradient, and must send it at least once to sum it over data's two rows.
         assert sent["data"] >= 4 * weights / 2 and sent["fsdp"] > 0 and sent["tensor"] > 0
 
-    def test_what_does_not_fit(self):
+    def test_what_does_not_fit_says_what_it_needs(self):
         row = self.attempt(chip=chips.Chip(hbm_bytes=2**20, flops=1, hbm_speed=1, link_speed=1), program="forward")
         assert not row["fits"] and row["needed_bytes"] > 2**20
 
@@ -219,7 +219,7 @@ class TestByThisMachinesCompiler:
         ("--config.mesh=data=1,fsdp=2,tensor=2", "A mesh of v5e:16x16 must have 256 devices."),
     ],
 )
-def test_the_commands_errors(flag, message, tmp_path):
+def test_wrong_settings_are_explained(flag, message, tmp_path):
     command = [sys.executable, str(ROOT / "scripts" / "plan.py"), flag, f"--config.workdir={tmp_path}"]
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"JAX_PLATFORMS": "cpu"})
     assert done.returncode != 0 and message in done.stderr

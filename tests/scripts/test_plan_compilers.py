@@ -1,4 +1,4 @@
-"""Plans by the chips' own compilers: the transfers, and how often loops run, agree with arithmetic."""
+"""In plans by the chips' own compilers, the transfers and the numbers of loop runs agree with arithmetic."""
 
 import json
 import os
@@ -15,9 +15,9 @@ D, F, LAYERS = 640, 2048, 18  # Gemma 3 270M
 pytestmark = [pytest.mark.needs_compilers, pytest.mark.promotes]  # optax promotes
 
 
-def attempt(target, mesh, tokens=8192, program="train", preset="gemma3_270m"):
+def attempt(target, mesh, tokens=8192, program="train"):
     chip, _, name = chips.parse(target)
-    return attempts.attempt(Case(preset, program, mesh, tokens, "input", True), chip, name)
+    return attempts.attempt(Case("gemma3_270m", program, mesh, tokens, "input", True), chip, name)
 
 
 def sent(row, axes, *kinds):
@@ -27,10 +27,10 @@ def sent(row, axes, *kinds):
     return sum(each["sent_bytes"] for each in chosen)
 
 
-def test_a_training_step_on_h200s():
+def test_a_training_step_on_h200s_sends_what_arithmetic_says():
     """The mesh has four rows and two columns of chips."""
     row = attempt("h200:8", (1, 4, 2))
-    weights, residual = LAYERS * 3 * D * F // 2, LAYERS * 8192 * D  # numbers in a column of chips; in a row
+    weights, residual = LAYERS * 3 * D * F // 2, LAYERS * 8192 * D  # numbers in a column of chips, and in a row
     # Gradients, in float32. Newer compilers send those of the norms with them.
     assert sent(row, "fsdp", "reduce-scatter") == pytest.approx(4 * weights * 3 / 4, rel=0.002)
     # Weights, in bfloat16: three in the forward pass; in the backward pass two to recompute gate and up, three for dx.
@@ -44,11 +44,11 @@ def test_a_training_step_on_h200s():
     [
         ("v5e:2x4", (1, 4, 2), True),
         pytest.param("v6e:2x4", (1, 4, 2), True, marks=pytest.mark.slow),
-        # Its inner loops make 17 turns, of which 15 would be enough.
+        # Its inner loops run 17 times, and 15 times would be enough.
         pytest.param("v5e:4x8", (1, 16, 2), False, marks=pytest.mark.slow),
     ],
 )
-def test_a_forward_pass_on_tpus(target, mesh, exact):
+def test_a_forward_pass_on_tpus_sends_what_arithmetic_says(target, mesh, exact):
     row = attempt(target, mesh, tokens=1024 if exact else 8192, program="forward")
     _, fsdp, tensor = mesh
     weights, residual = LAYERS * 3 * D * F // tensor, LAYERS * row["tokens"] // fsdp * D

@@ -1,4 +1,4 @@
-"""train_toy.py on meshes and in several processes: the losses of one device, whichever process dies on the way."""
+"""train_toy.py has the losses of one device on meshes and in several processes, even if one of them is killed."""
 
 import os
 import signal
@@ -50,7 +50,7 @@ def test_two_processes_have_the_curve_of_one(finished, text, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("victim", [1, 0])
-def test_killed_and_continued_by_another_number_of_processes(victim, finished, text, tmp_path):
+def test_a_killed_run_is_continued_by_another_number_of_processes(victim, finished, text, tmp_path):
     processes = start(2, 2, "data=2,tensor=2", tmp_path, text)
     deadline = time.monotonic() + 120
     while not (tmp_path / "checkpoints" / "20").exists() and time.monotonic() < deadline:
@@ -77,7 +77,7 @@ def test_killed_and_continued_by_another_number_of_processes(victim, finished, t
         pytest.param("linen", {}, marks=pytest.mark.slow),
     ],
 )
-def test_one_process_on_a_mesh(api, options, finished, text, tmp_path):
+def test_one_process_on_a_mesh_has_the_curve_of_one_device(api, options, finished, text, tmp_path):
     spread = train(config(tmp_path / "mesh", text, api=api, mesh="data=2,fsdp=2,tensor=2", **options))
     alone = curve(finished[0])
     if api == "linen":
@@ -108,7 +108,7 @@ def test_a_process_reads_the_rows_of_its_own_devices():
     assert spread.count_rows(64) == 64 and spread.count_rows(6) == 8
 
 
-def test_a_mesh_of_other_devices_than_there_are():
+def test_a_mesh_must_have_all_devices():
     with pytest.raises(ValueError, match=r"as many places as there are devices, 8. .*: 'fsdp=2'. Fix"):
         placement.make_mesh("fsdp=2")
 
@@ -135,6 +135,6 @@ def has_moments(part):
     return isinstance(part, optax.ScaleByAdamState)
 
 
-def test_a_batch_that_does_not_divide(text, tmp_path):
+def test_a_batch_that_the_mesh_does_not_divide_is_explained(text, tmp_path):
     with pytest.raises(ValueError, match=r"config.batch_size must be a multiple .*: 12, not a multiple of 8\. Fix:"):
         train(config(tmp_path, text, batch_size=12, mesh="fsdp=8"))

@@ -181,7 +181,7 @@ def test_a_loss_that_is_not_finite_is_explained():
 def test_a_loss_that_is_not_finite_ends_the_run_without_a_checkpoint_and_the_way_out_works_in_its_folder(
     text, tmp_path
 ):
-    """The error says to pass --config.check_values=True. That must not count as another run."""
+    """The error says to pass --config.check_values=True. This flag must not make it another run."""
     with pytest.raises(FloatingPointError, match=r"Got: nan at step .* Fix: lower .*check_values=True"):
         train(config(tmp_path, text, learning_rate=1e30))
     assert not list((tmp_path / "checkpoints").glob("[0-9]*"))
@@ -225,7 +225,7 @@ class TestData:
         assert corpus.train.tobytes() + corpus.heldout.tobytes() == b"first\n\nsecond\n\nthird"
         assert len(corpus.heldout) == 5
 
-    def test_the_heldout_end_has_a_most(self, text):
+    def test_the_heldout_end_has_at_most_so_many_bytes(self, text):
         assert len(data.load_corpus(str(text), 0.5, 100).heldout) == 100
 
     def test_errors(self, tmp_path):
@@ -269,7 +269,7 @@ class TestData:
 
 
 class TestYardsticks:
-    def test_unigram_entropy(self):
+    def test_unigram_entropy_is_that_by_hand(self):
         assert yardsticks.unigram_bits_per_byte(np.frombuffer(b"abcd" * 9, np.uint8)) == 2.0
         assert yardsticks.unigram_bits_per_byte(np.frombuffer(b"aaab", np.uint8)) == pytest.approx(0.8112781)
 

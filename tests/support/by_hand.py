@@ -16,7 +16,7 @@ SQUARE = MLPConfig(D, D)
 
 
 def arrays(config=CONFIG, layers=LAYERS, dtype=ml_dtypes.bfloat16):
-    """Layers of NumPy arrays, no two numbers alike in any one layer."""
+    """Layers of NumPy arrays. No two numbers of a layer are equal."""
     rng = np.random.default_rng(0)
     draw = [
         samples.block_arrays(rng, config.embed_dim, config.hidden_dim, False, config.post_norm) for _ in range(layers)
@@ -194,7 +194,7 @@ def ours_stacked(layers):
 
 
 def equal(a, b):
-    """The same tree with the same bits in the same dtypes."""
+    """Whether two trees have the same bits in the same dtypes."""
     same = jax.tree.map(
         lambda x, y: x.dtype == y.dtype and x.shape == y.shape and np.asarray(x).tobytes() == np.asarray(y).tobytes(),
         a,
@@ -233,7 +233,7 @@ TREES = {  # name: (layout, the tree written by hand, config)
 
 
 def layer_dicts(layers, name):
-    """What reading a tree of this library must give: norms stored as 1 + w come as w in float32."""
+    """What reading a tree of this library must give. Norms that it stores as 1 + w come as w in float32."""
     wide = {"pre_norm", "post_norm"} if name.startswith(("maxtext", "t5x")) else set()
     return [
         {leaf: array.astype(np.float32) if leaf in wide else array for leaf, array in layer.items()} for layer in layers

@@ -1,9 +1,9 @@
-"""Writes a model's layers at real size, or reads them and measures the memory. test_full_size.py runs it in processes.
+"""Writes layers of full size, or reads them and measures the memory. test_full_size.py runs it in processes of its own.
 
     full_size.py FOLDER PRESET LAYERS write     # makes the checkpoints
-    full_size.py FOLDER PRESET LAYERS WAY       # reads one, prints the peak memory besides the result, compares
+    full_size.py FOLDER PRESET LAYERS WAY       # reads one of them and compares it with what was written
 
-It prints the peak of resident memory in bytes, then the size of the checkpoint's largest tensor.
+The second command prints two numbers of bytes: the peak memory besides the result, and the largest tensor's size.
 """
 
 import ctypes
@@ -55,7 +55,7 @@ def resident(field):
 
 
 def measure(read, largest):
-    """Returns what `read` gives. Prints the peak memory while it runs, less what stays: the result."""
+    """Returns the result of `read`. Prints the peak memory while it runs, without the memory that the result takes."""
     jax.block_until_ready(read(folder / name, config))  # compiles the programs, which stay in memory
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)

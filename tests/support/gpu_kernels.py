@@ -1,4 +1,4 @@
-"""Compiles the GPU kernels for the H200, case by case. Run by tests/aot/test_gpu.py in a process of its own.
+"""Compiles the GPU kernels for the H200, case by case. tests/aot/test_gpu.py runs it in a process of its own.
 
 The compilers describe a kernel on standard error, once per process, and abort the process if they find no libdevice.
 """

@@ -8,7 +8,7 @@ import pytest
 def vary(names, rows, together="", indirect=()):
     """`pytest.mark.parametrize(names, rows)` with all rows marked slow except a covering subset.
 
-    The subset has each value of each factor at least once. Of the factors named in `together` it has each pair of
+    The subset has each value of each factor at least once. For the factors named in `together` it has each pair of
     values that some row has. For instance `vary("save dtype remat", itertools.product(SAVES, DTYPES, (False, True)),
     together="save dtype")` runs each save with each dtype, some with remat and some without.
     """
@@ -20,14 +20,14 @@ def vary(names, rows, together="", indirect=()):
 
 
 def first_is_quick(values):
-    """For tests of which one case is much like another and takes long: all but the first are slow."""
+    """Marks all values except the first as slow. It is for tests whose cases are much alike and take long."""
     return [pytest.param(value, marks=pytest.mark.slow if i else ()) for i, value in enumerate(values)]
 
 
 def covering(rows, together):
-    """The indices of a small subset of rows that has each value of each column, and each pair of those `together`.
+    """The indices of a small subset of rows with each value of each column, and each pair of the columns `together`.
 
-    Takes the row that adds the most values and pairs, until none is missing.
+    It takes the row that adds the most values and pairs, until none is missing.
     """
 
     def values(row):
