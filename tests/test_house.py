@@ -24,7 +24,6 @@ FLOORS = [
         "layouts.layout",
         "layouts.arrays",
         "sharding",
-        "testing.samples",
     },
     {"op.xla", "op.tpu_forward", "op.tpu_backward", "op.gpu", "layouts.slots", "layouts.libraries"},
     {"op.vjp", "op.tpu", "layouts.trees"},

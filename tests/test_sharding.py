@@ -16,8 +16,9 @@ from jax.sharding import AxisType, NamedSharding
 import gemma_mlp
 from gemma_mlp import MLPBlockParams, MLPConfig, MLPParams, RMSNormParams, feed_forward, hidden_activations, sharding
 from gemma_mlp.params import LeafSpec
-from gemma_mlp.testing import oracle, samples
+from gemma_mlp.testing import oracle
 from gemma_mlp.testing.oracle import relative_error
+from tests.support import samples
 from tests.support.cases import FLOAT32_BOUND, SAVES, block_errors, errors, exact_block_result, exact_result
 from tests.support.cases import block_case as make_block_case
 from tests.support.meshes import RULES, make_mesh, spread

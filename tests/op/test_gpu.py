@@ -18,9 +18,9 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from gemma_mlp import ACTIVATIONS, MLPConfig, mlp_hidden
 from gemma_mlp.op import choose, gpu_kernels
-from gemma_mlp.testing import oracle, samples
+from gemma_mlp.testing import oracle
 from gemma_mlp.testing.oracle import relative_error
-from tests.support import cases
+from tests.support import cases, samples
 from tests.support.vary import first_is_quick
 
 INTERNAL = "jax._src.pallas.mosaic_gpu.interpret"

@@ -18,8 +18,9 @@ from jax.experimental.pallas import tpu as pltpu
 
 from gemma_mlp import PRESETS, MLPConfig, MLPParams, feed_forward, mlp, mlp_hidden, sharding
 from gemma_mlp.op import choose, tpu_backward, tpu_blocks, tpu_forward
-from gemma_mlp.testing import oracle, samples
+from gemma_mlp.testing import oracle
 from gemma_mlp.testing.oracle import relative_error
+from tests.support import samples
 from tests.support.cases import FLOAT32_BOUND, errors, exact_result, floor_errors, run
 from tests.support.meshes import RULES, make_mesh, spread
 from tests.support.vary import first_is_quick, vary
