@@ -1,10 +1,10 @@
-"""The Gemma-2 feed-forward block (GeGLU) for JAX and Flax."""
+"""The feed-forward block of the Gemma models (GeGLU) for JAX and Flax."""
 
 from gemma_mlp import aot, checks, layouts, linen, nnx, sharding
 from gemma_mlp.activations import ACTIVATIONS
-from gemma_mlp.block import mlp, mlp_block, mlp_hidden, rms_norm
+from gemma_mlp.block import mlp_block, rms_norm
 from gemma_mlp.config import PRESETS, MLPConfig
-from gemma_mlp.op.api import feed_forward, hidden_activations
+from gemma_mlp.op.api import feed_forward, hidden_activations, mlp, mlp_hidden
 from gemma_mlp.params import MLPBlockParams, MLPParams, RMSNormParams
 
 __all__ = [

@@ -1,7 +1,11 @@
-"""The activations of the GLU family, by name.
+"""The activations of the GLU family, by name, with their derivatives.
 
 Shazeer, "GLU Variants Improve Transformer" (arXiv:2002.05202), section 2: every member of the family is
 `activation(x @ W + b) * (x @ V + c)`. GELU is defined in Hendrycks and Gimpel (arXiv:1606.08415, section 2).
+
+To add one: the name in `Activation`, the entry in `ACTIVATIONS`, `Backend.lacks` in op/tpu.py or `LOWERED` in
+op/gpu_kernels.py if Pallas cannot lower it, the oracle's own formula in testing/oracle.py, literal values in
+tests/test_activations.py, and the lists in feed_forward's docstring and the README.
 """
 
 import dataclasses
@@ -24,7 +28,8 @@ class GateActivation:
 
     Attributes:
       function: the activation.
-      derivative: its derivative, which the backward pass of every backend uses.
+      derivative: its derivative, for the backward pass of every backend. (With `save="autodiff"` JAX differentiates
+        `function` itself.)
       huggingface: what a Hugging Face config.json calls it (transformers' ACT2FN); None where none of theirs is read.
     """
 
@@ -61,17 +66,23 @@ def _tanh_of_cubic(x):
     return jnp.tanh(SQRT_2_OVER_PI * (x + CUBIC * x**3))
 
 
-def gelu(x: Array) -> Array:
-    """x (1 + erf(x / sqrt(2))) / 2: GELU in its exact form."""
-    return x * _normal_cdf(x)
+def erf_gelu(normal_cdf: Callable[[Array], Array], huggingface: str | None = None) -> GateActivation:
+    """x (1 + erf(x / sqrt(2))) / 2: GELU in its exact form, by way of a `normal_cdf` that the compiler knows."""
+
+    def derivative(x):
+        return normal_cdf(x) + x * jnp.exp(-0.5 * x * x) / math.sqrt(2 * math.pi)
+
+    return GateActivation(lambda x: x * normal_cdf(x), derivative, huggingface)
 
 
-def gelu_derivative(x: Array) -> Array:
-    return _normal_cdf(x) + x * jnp.exp(-0.5 * x * x) / math.sqrt(2 * math.pi)
+def normal_cdf_by_erfc(x: Array) -> Array:
+    """erfc keeps the digits of the negative tail, which 1 + erf loses."""
+    return 0.5 * lax.erfc(-x * math.sqrt(0.5))
 
 
-def _normal_cdf(x):
-    return 0.5 * lax.erfc(-x * math.sqrt(0.5))  # erfc keeps the digits of the negative tail, which 1 + erf loses
+def normal_cdf_by_erf(x: Array) -> Array:
+    """For compilers that have no erfc."""
+    return 0.5 * (1 + lax.erf(x * math.sqrt(0.5)))
 
 
 def silu_derivative(x: Array) -> Array:
@@ -89,16 +100,11 @@ def sigmoid_derivative(x: Array) -> Array:
     return sigmoid * (1 - sigmoid)
 
 
-def identity(x: Array) -> Array:
-    """x: the gate of the bilinear layer."""
-    return x
-
-
 ACTIVATIONS: dict[Activation, GateActivation] = {
     "gelu_tanh": GateActivation(gelu_tanh, gelu_tanh_derivative, "gelu_pytorch_tanh"),  # GEGLU, tanh form (Gemma)
-    "gelu": GateActivation(gelu, gelu_derivative, "gelu"),  # GEGLU, erf form
+    "gelu": erf_gelu(normal_cdf_by_erfc, "gelu"),  # GEGLU, erf form
     "silu": GateActivation(jax.nn.silu, silu_derivative, "silu"),  # SwiGLU
     "relu": GateActivation(jax.nn.relu, relu_derivative, "relu"),  # ReGLU
     "sigmoid": GateActivation(jax.nn.sigmoid, sigmoid_derivative),  # GLU
-    "identity": GateActivation(identity, jnp.ones_like),  # Bilinear
+    "identity": GateActivation(lambda x: x, jnp.ones_like),  # Bilinear
 }

@@ -1,4 +1,4 @@
-"""RMSNorm, the MLP, and the whole block around it, as a config describes them."""
+"""RMSNorm, and the whole block around the MLP, as a config describes it. The MLP itself is in op/api.py."""
 
 import functools
 from collections.abc import Callable
@@ -12,8 +12,8 @@ from gemma_mlp.checks import describe, ensure_finite, require
 from gemma_mlp.config import MLPConfig
 from gemma_mlp.dtypes import accumulation_dtype, compute_dtype
 from gemma_mlp.mesh import placed_automatically, spec_of
-from gemma_mlp.op import api
-from gemma_mlp.params import MLPBlockParams, MLPParams
+from gemma_mlp.op.api import mlp
+from gemma_mlp.params import MLPBlockParams
 
 
 def rms_norm(
@@ -51,20 +51,6 @@ def rms_norm(
     return placed_automatically(normalise, lambda scale, x: spec_of(x))(scale, x)
 
 
-def mlp(
-    params: MLPParams, x: Float[Array, "*B D"], config: MLPConfig, *, dropout_key: Key[Array, ""] | None = None
-) -> Float[Array, "*B D"]:
-    """:func:`gemma_mlp.feed_forward` with the options of `config`; without a `dropout_key`, dropout is off."""
-    return api.apply(params, x, config, dropout_key)
-
-
-def mlp_hidden(
-    params: MLPParams, x: Float[Array, "*B D"], config: MLPConfig, *, dropout_key: Key[Array, ""] | None = None
-) -> Float[Array, "*B F"]:
-    """The hidden activations of :func:`mlp`, [*B, F]."""
-    return api.apply_hidden(params, x, config, dropout_key)
-
-
 def mlp_block(
     params: MLPBlockParams, x: Float[Array, "*B D"], config: MLPConfig, *, dropout_key: Key[Array, ""] | None = None
 ) -> Float[Array, "*B D"]:
@@ -72,8 +58,8 @@ def mlp_block(
 
     Gemma 1 has no post_norm. Norms and sum are float32; the residual stream keeps the dtype of x.
 
-    With `save="input"`, three arrays [*B, D] are saved for the backward pass: x, what the MLP receives and what it
-    returns. The norms are recomputed. `jax.checkpoint` around the block saves x alone.
+    With `save="input"`, the backward pass gets x, what the MLP receives and (if there is a post_norm) what it returns,
+    [*B, D] each. It recomputes the norms. `jax.checkpoint` around the block saves x alone.
 
     Args:
       params: as `MLPBlockParams.init(config, key)` makes them.

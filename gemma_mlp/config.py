@@ -16,24 +16,20 @@ Implementation = Literal["xla", "pallas"]
 
 @dataclasses.dataclass(frozen=True)
 class MLPConfig:
-    """Sizes and numerics of one feed-forward block. :func:`gemma_mlp.feed_forward` says more of each option.
+    """Sizes and numerics of one feed-forward block.
+
+    `activation`, `dropout_rate`, `dtype`, `save`, `chunk_size`, `axis_rules` and `implementation` are as in
+    :func:`gemma_mlp.feed_forward`. The others:
 
     Attributes:
       embed_dim: D, the width of the residual stream.
       hidden_dim: F, the width of one branch. The Gemma 2 report (arXiv:2408.00118, table 1) prints gate and up
         together, that is 2F.
-      activation: the gate's activation, a name of `gemma_mlp.ACTIVATIONS` (Shazeer's GLU family, arXiv:2002.05202).
       use_bias: adds a bias to each of the three projections. Gemma has none.
-      dropout_rate: the share of hidden activations that training sets to zero, in [0, 1). Gemma uses 0.
-      dtype: the dtype of the matmuls and of the MLP's result; None: the common type of parameters and input.
       param_dtype: the dtype in which parameters are initialised and stored.
       norm_eps: added to the mean square in the block's two norms.
       post_norm: whether the block normalises the MLP's output before it is added to the residual stream, as Gemma 2
         and 3 do and Gemma 1 does not.
-      save: what is saved for the backward pass: `input`, `gate_up` or `autodiff`.
-      chunk_size: how many positions to compute at once, so that no [T, F] array exists; None: all of them.
-      axis_rules: which mesh axes each logical axis is split over; None: XLA decides.
-      implementation: `xla`, or `pallas` for this package's kernels; None: the fastest known.
 
     Raises:
       ValueError: at construction, for any other value.

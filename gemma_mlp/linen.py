@@ -5,8 +5,9 @@ from typing import Any
 from flax import linen as nn
 from jaxtyping import Array, Float
 
-from gemma_mlp.block import add_branch, mlp, mlp_hidden, rms_norm
+from gemma_mlp.block import add_branch, rms_norm
 from gemma_mlp.config import MLPConfig
+from gemma_mlp.op.api import mlp, mlp_hidden
 from gemma_mlp.params import LeafSpec, MLPParams, RMSNormParams, named_leaves
 
 

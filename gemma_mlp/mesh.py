@@ -4,6 +4,7 @@ Rules are pairs (logical axis, mesh axis or axes or None), as in Flax, T5X and M
 (`jax.set_mesh`); without a mesh the rules change nothing.
 """
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -21,14 +22,9 @@ LOGICAL_AXES = ("batch", "length", "embed", "mlp")
 
 # Fully sharded data parallelism (ZeRO-3, arXiv:1910.02054) and tensor parallelism (arXiv:1909.08053): the batch is
 # split over data and fsdp, weights over fsdp and tensor.
-RULES: Rules = (("batch", ("data", "fsdp")), ("length", None), ("embed", "fsdp"), ("mlp", "tensor"))
+RULES: Rules = (("batch", ("data", "fsdp")), ("length", None), ("embed", "fsdp"), ("mlp", "tensor"), ("layers", None))
 # Sequence parallelism (arXiv:2205.05198) in addition: outside the feed-forward, tensor splits the length.
-SEQUENCE_PARALLEL_RULES: Rules = (
-    ("batch", ("data", "fsdp")),
-    ("length", "tensor"),
-    ("embed", "fsdp"),
-    ("mlp", "tensor"),
-)
+SEQUENCE_PARALLEL_RULES: Rules = (RULES[0], ("length", "tensor"), *RULES[2:])
 
 
 def require_rules(rules: Any) -> None:
@@ -131,7 +127,7 @@ def spec_of(array: jax.Array) -> PartitionSpec:
 
 
 def placed_automatically(function: Callable, like: Callable[..., PartitionSpec]) -> Callable:
-    """`function`, whose inside the compiler shards where the mesh in force has explicit axes.
+    """`function`, run under `jax.sharding.auto_axes` if the mesh in force has explicit axes.
 
     Args:
       function: takes arrays and returns one array.
@@ -152,70 +148,72 @@ def target_device() -> Any:
 
 
 def mesh_to_split() -> AbstractMesh | None:
-    """The mesh in force, if it has several devices and the program is not yet the program of one of them."""
+    """The mesh in force, if it has several devices and we are not inside a `shard_map` over all of its axes."""
     mesh = jax.sharding.get_abstract_mesh()
     whole = mesh.empty or mesh.size == 1 or set(mesh.manual_axes) == set(mesh.axis_names)
     return None if whole else mesh
 
 
-class OnMesh:
+def run_on_mesh(
+    kernel: Callable, arguments: Sequence[tuple[str, Array]], results: Sequence[str], rules: Rules | None
+) -> list[Array]:
     """Runs a kernel on each device's shard: whole rows of its tokens, its slice of F. Then it adds over devices.
 
-    Without a mesh of several devices the kernel runs as it is. Arrays are described by one word each:
+    Without a mesh of several devices the kernel runs as it is. One word describes each array:
 
     - "rows": x or dy, [*B, D], with whole rows; a kernel gets them as [T, D];
     - "hidden": [*B, F]; a kernel gets them as [T, F];
     - "DF", "FD": a weight. As an argument its axis D is gathered; as a result it is a gradient, summed over tokens;
     - "sum": as a result, [*B, D], which still has to be summed over F.
+
+    Args:
+      kernel: takes arrays and returns a tuple of arrays.
+      arguments: a word and an array for each argument. One of them is "rows", one a weight.
+      results: the words of what the kernel returns.
+      rules: which mesh axes each logical axis is split over.
     """
+    words, arrays = zip(*arguments)
+    weights = ("DF", "FD")
 
-    def __init__(self, shape: Sequence[int], hidden_dim: int, rules: Rules | None):
-        self._mesh = mesh = mesh_to_split()
-        if mesh is None:
-            return
-        assert rules is not None  # `choose_backend` requires it
-        *lead, hidden = activation_spec((*shape[:-1], hidden_dim), "mlp", mesh, rules)
-        # The sum over F is scattered over an axis of the residual stream that is split like F, as the length is in
-        # sequence parallelism.
-        stream = activation_spec(shape, None, mesh, rules)
-        alike = [i for i, axes in enumerate(lead) if axes is None and stream[i] is not None and stream[i] == hidden]
-        self._scattered = alike[0] if alike else None
-        self._hidden_axes = mesh_axes(hidden)
-        self._token_axes = tuple(axis for axes in lead for axis in mesh_axes(axes))
-        # A sum over tokens is scattered over the embed axis where that is split over devices with other tokens.
-        embed = mesh_axes(partition_spec(("embed", "mlp"), rules)[0])
-        self._embed_axes = embed if set(embed) <= set(self._token_axes) else ()
-        summed = [hidden if i == self._scattered else axes for i, axes in enumerate(lead)]
-        weight, gradient = {"D": None, "F": hidden}, {"D": self._embed_axes or None, "F": hidden}
-        tokens = {"rows": PartitionSpec(*lead, None), "hidden": PartitionSpec(*lead, hidden)}
-        self._in_specs = tokens | {name: PartitionSpec(*(weight[a] for a in name)) for name in ("DF", "FD")}
-        self._out_specs = tokens | {name: PartitionSpec(*(gradient[a] for a in name)) for name in ("DF", "FD")}
-        self._out_specs["sum"] = PartitionSpec(*summed, None)
+    def run_shard(finish, *arrays):
+        lead = next(a.shape[:-1] for word, a in zip(words, arrays) if word == "rows")
+        flat = [a if word in weights else a.reshape(-1, a.shape[-1]) for word, a in zip(words, arrays)]
+        shaped = [(w, a if w in weights else a.reshape(*lead, a.shape[-1])) for w, a in zip(results, kernel(*flat))]
+        return [finish(word, a) for word, a in shaped]
 
-    def run(self, kernel: Callable, arguments: Sequence[tuple[str, Array]], results: Sequence[str]) -> list[Array]:
-        """The results of `kernel`. `arguments` are pairs (word, array); `results` are the words of what it returns."""
-        words, arrays = zip(*arguments)
+    mesh = mesh_to_split()
+    if mesh is None:
+        return run_shard(lambda word, array: array, *arrays)
+    assert rules is not None  # `choose_backend` requires it
+    shape = next(a.shape for word, a in arguments if word == "rows")
+    hidden_dim = next(a.shape[word.index("F")] for word, a in arguments if word in weights)
+    *lead, hidden = activation_spec((*shape[:-1], hidden_dim), "mlp", mesh, rules)
+    # If the length is split like F (sequence parallelism), the sum over F is scattered over the length.
+    stream = activation_spec(shape, None, mesh, rules)
+    alike = [i for i, axes in enumerate(lead) if axes is None and stream[i] is not None and stream[i] == hidden]
+    scattered = alike[0] if alike else None
+    token_axes = tuple(axis for axes in lead for axis in mesh_axes(axes))
+    # If the embed axis is split over devices with other tokens, a sum over tokens is scattered over the embed axis.
+    embed_axes = mesh_axes(partition_spec(("embed", "mlp"), rules)[0])
+    embed_axes = embed_axes if set(embed_axes) <= set(token_axes) else ()
 
-        def run_shard(*arrays):
-            lead = next(a.shape[:-1] for word, a in zip(words, arrays) if word in ("rows", "hidden"))
-            flat = [a if word in ("DF", "FD") else a.reshape(-1, a.shape[-1]) for word, a in zip(words, arrays)]
-            return [self._finish(word, a, lead) for word, a in zip(results, kernel(*flat))]
-
-        if self._mesh is None:
-            return run_shard(*arrays)
-        in_specs = tuple(self._in_specs[word] for word in words)
-        out_specs = [self._out_specs[word] for word in results]
-        return jax.shard_map(run_shard, in_specs=in_specs, out_specs=out_specs, check_vma=False)(*arrays)
-
-    def _finish(self, word: str, array: Array, lead: tuple[int, ...]) -> Array:
-        if word not in ("DF", "FD"):
-            array = array.reshape(*lead, array.shape[-1])
-        if self._mesh is None or word == "hidden":
+    def finish(word, array):
+        if word == "hidden":
             return array
         if word == "sum":
-            if self._scattered is None:
-                return lax.psum(array, self._hidden_axes)
-            return lax.psum_scatter(array, self._hidden_axes, scatter_dimension=self._scattered, tiled=True)
-        if self._embed_axes:
-            array = lax.psum_scatter(array, self._embed_axes, scatter_dimension=word.index("D"), tiled=True)
-        return lax.psum(array, tuple(axis for axis in self._token_axes if axis not in self._embed_axes))
+            if scattered is None:
+                return lax.psum(array, mesh_axes(hidden))
+            return lax.psum_scatter(array, mesh_axes(hidden), scatter_dimension=scattered, tiled=True)
+        if embed_axes:
+            array = lax.psum_scatter(array, embed_axes, scatter_dimension=word.index("D"), tiled=True)
+        return lax.psum(array, tuple(axis for axis in token_axes if axis not in embed_axes))
+
+    def specs(words, embed):
+        summed = [hidden if i == scattered else axes for i, axes in enumerate(lead)]
+        known = {"rows": (*lead, None), "hidden": (*lead, hidden), "sum": (*summed, None)}
+        known |= {"DF": (embed, hidden), "FD": (hidden, embed)}
+        return tuple(PartitionSpec(*known[word]) for word in words)
+
+    run = functools.partial(run_shard, finish)
+    out_specs = list(specs(results, embed_axes or None))
+    return jax.shard_map(run, in_specs=specs(words, None), out_specs=out_specs, check_vma=False)(*arrays)

@@ -3,8 +3,9 @@
 from flax import nnx
 from jaxtyping import Array, Float
 
-from gemma_mlp.block import add_branch, mlp, mlp_hidden, rms_norm
+from gemma_mlp.block import add_branch, rms_norm
 from gemma_mlp.config import MLPConfig
+from gemma_mlp.op.api import mlp, mlp_hidden
 from gemma_mlp.params import MLPParams, RMSNormParams, named_leaves
 
 

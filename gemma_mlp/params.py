@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import jax
 from jaxtyping import Array, Float, Key
@@ -55,9 +55,20 @@ def named_leaves(params: Any) -> dict[str, Any]:
     return {name: leaf for name, leaf in vars(params).items() if leaf is not None}
 
 
+class _Params:
+    specs: Callable[..., Any]
+
+    @classmethod
+    def init(cls, config: MLPConfig, key: Key[Array, ""]) -> Self:
+        """Fresh parameters in `config.param_dtype`."""
+        leaves = named_leaves(cls.specs(config))
+        keys = jax.random.split(key, len(leaves))
+        return cls(**{n: spec.init(k, spec.shape, config.param_dtype) for k, (n, spec) in zip(keys, leaves.items())})
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class MLPParams:
+class MLPParams(_Params):
     """Weights of `(activation(x @ gate_proj + gate_bias) * (x @ up_proj + up_bias)) @ down_proj + down_bias`.
 
     Stored (in, out). The biases are all there or, as in Gemma, all None.
@@ -76,15 +87,10 @@ class MLPParams:
         names = (*WEIGHTS, *BIASES) if config.use_bias else WEIGHTS
         return cls(**{name: leaf_spec(name, config, layers) for name in names})  # pyright: ignore[reportArgumentType]
 
-    @classmethod
-    def init(cls, config: MLPConfig, key: Key[Array, ""]) -> "MLPParams":
-        """Fresh parameters in `config.param_dtype`."""
-        return _init(cls.specs(config), config, key)
-
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class RMSNormParams:
+class RMSNormParams(_Params):
     """The norm's `scale` stores w; the factor is 1 + w."""
 
     scale: Float[Array, " D"]
@@ -93,11 +99,6 @@ class RMSNormParams:
     def specs(cls, config: MLPConfig, layers: int | None = None) -> "RMSNormParams":
         """The same tree with a `LeafSpec` for its one array; w starts at zero, so that the factor starts at 1."""
         return cls(leaf_spec("pre_norm", config, layers))  # pyright: ignore[reportArgumentType]
-
-    @classmethod
-    def init(cls, config: MLPConfig, key: Key[Array, ""]) -> "RMSNormParams":
-        """Fresh parameters in `config.param_dtype`."""
-        return _init(cls.specs(config), config, key)
 
 
 @jax.tree_util.register_dataclass
@@ -126,11 +127,3 @@ class MLPBlockParams:
             mlp=MLPParams.init(config, key),
             post_norm=RMSNormParams.init(config, key) if config.post_norm else None,
         )
-
-
-def _init(specs: Any, config: MLPConfig, key: Key[Array, ""]) -> Any:
-    leaves = named_leaves(specs)
-    keys = jax.random.split(key, len(leaves))
-    return type(specs)(
-        **{n: spec.init(k, spec.shape, config.param_dtype) for k, (n, spec) in zip(keys, leaves.items())}
-    )

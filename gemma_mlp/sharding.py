@@ -1,5 +1,7 @@
 """Makes shardings over a mesh for parameters (NNX, Linen or functional), optimizer state and activations.
 
+Arrays inside the feed-forward are constrained by `mesh.constrain`, which op/xla.py calls. mesh.py has the rules.
+
     mesh = jax.make_mesh((1, 2, 4), ("data", "fsdp", "tensor"), axis_types=(jax.sharding.AxisType.Auto,) * 3)
     config = dataclasses.replace(config, axis_rules=sharding.RULES)
     shardings = sharding.named_shardings(MLPBlockParams.specs(config), mesh, config.axis_rules)

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from gemma_mlp import MLPBlockParams, MLPConfig, mlp_block, rms_norm
-from gemma_mlp.testing import oracle, samples
+from gemma_mlp.testing import oracle
 from gemma_mlp.testing.oracle import relative_error
+from tests.support import samples
 from tests.support.cases import CASES, EMBED_DIM, FLOAT32_BOUND, FLOOR_FACTOR, HIDDEN_DIM, NORM_EPS
 from tests.support.cases import block_case as case
 from tests.support.cases import block_errors as errors

@@ -16,8 +16,9 @@ from jax.sharding import AxisType, NamedSharding
 import gemma_mlp
 from gemma_mlp import MLPBlockParams, MLPConfig, MLPParams, RMSNormParams, feed_forward, hidden_activations, sharding
 from gemma_mlp.params import LeafSpec
-from gemma_mlp.testing import oracle, samples
+from gemma_mlp.testing import oracle
 from gemma_mlp.testing.oracle import relative_error
+from tests.support import samples
 from tests.support.cases import FLOAT32_BOUND, SAVES, block_errors, errors, exact_block_result, exact_result
 from tests.support.cases import block_case as make_block_case
 from tests.support.meshes import RULES, make_mesh, spread
@@ -186,6 +187,17 @@ class TestShardings:
             assert {name: tuple(leaf.spec) for name, leaf in leaves["mlp"].items()} == self.WEIGHTS
             assert leaves["post_norm"]["scale"].spec == jax.P("fsdp")
 
+    @pytest.mark.parametrize("rules", [sharding.RULES, sharding.SEQUENCE_PARALLEL_RULES], ids=["fsdp", "sequence"])
+    def test_of_a_stack_of_layers(self, rules):
+        specs = MLPBlockParams.specs(CONFIG, layers=3)
+        stacked = jax.eval_shape(
+            lambda: jax.vmap(lambda key: MLPBlockParams.init(CONFIG, key))(jax.random.split(KEY, 3))
+        )
+        assert jax.tree.map(lambda a: a.shape, stacked) == jax.tree.map(lambda a: a.shape, specs, is_leaf=is_spec)
+        shardings = sharding.named_shardings(specs, make_mesh(2, 4), rules)
+        assert tuple(shardings.mlp.down_proj.spec) == (None, "tensor", "fsdp")
+        assert tuple(shardings.post_norm.scale.spec) == (None, "fsdp")
+
     def test_of_optimizer_state(self):
         mesh = make_mesh(2, 4)
         specs = MLPBlockParams.specs(CONFIG)
@@ -213,6 +225,13 @@ class TestShardings:
         rules = (("mlp", ("x", "y")), ("embed", None), ("batch", None), ("length", "x"), ("layers", None))
         specs = {"stacked": LeafSpec((3, 16, 2048), ("layers", "embed", "mlp"), jax.nn.initializers.zeros)}
         assert sharding.named_shardings(specs, mesh, rules)["stacked"].spec == jax.P(None, None, ("x", "y"))
+
+
+KEY = jax.random.key(0)
+
+
+def is_spec(leaf):
+    return isinstance(leaf, LeafSpec)
 
 
 def apply_on(mesh, rules, shape):

@@ -16,7 +16,7 @@ from flax import nnx
 
 import gemma_mlp
 from gemma_mlp import MLPBlockParams, MLPConfig, MLPParams, RMSNormParams, mlp, mlp_block, mlp_hidden
-from gemma_mlp.testing import samples
+from tests.support import samples
 from tests.support.vary import vary
 
 CONFIG = MLPConfig(8, 16)

@@ -1,4 +1,4 @@
-"""The public feed-forward: shapes, dtypes and options are checked once, then the op runs."""
+"""The public feed-forward: shapes, dtypes and options are checked once, then vjp.py runs."""
 
 import functools
 from typing import Any
@@ -57,8 +57,9 @@ def feed_forward(
         more places.
       chunk_size: for long contexts, how many positions along the second last axis of x (its length) to compute at once.
         The forward pass then makes no array [*B, F], and the backward pass goes through F in as many slices. (What
-        `gate_up` and `autodiff` save is still saved.) Only the order of float32 sums changes. None: all positions; on a
-        CPU, if no gradient is asked for, chunks of at most 512 tokens, which is faster.
+        `gate_up` and `autodiff` save is still saved, and TPU kernels need no chunks.) Only the order of float32 sums
+        changes. None: all positions; on a CPU, if no gradient is asked for and `save` is not `autodiff`, about 512
+        tokens at once, which is faster.
       axis_rules: which axes of the mesh in force (`jax.set_mesh`) each logical axis is split over, such as
         `gemma_mlp.sharding.RULES`. The first axis of x is `batch`; of three or more, the second last is `length`. None,
         or no mesh: XLA decides.
@@ -84,7 +85,7 @@ def feed_forward(
         implementation=implementation,
     )
     _require_key(config, dropout_key)
-    return apply(params, x, config, dropout_key)
+    return mlp(params, x, config, dropout_key=dropout_key)
 
 
 def hidden_activations(
@@ -115,10 +116,12 @@ def hidden_activations(
         implementation=implementation,
     )
     _require_key(config, dropout_key)
-    return apply_hidden(params, x, config, dropout_key)
+    return mlp_hidden(params, x, config, dropout_key=dropout_key)
 
 
-def apply(params: MLPParams, x: Array, config: MLPConfig, dropout_key: Array | None) -> Array:
+def mlp(
+    params: MLPParams, x: Float[Array, "*B D"], config: MLPConfig, *, dropout_key: Key[Array, ""] | None = None
+) -> Float[Array, "*B D"]:
     """:func:`feed_forward` with the options of `config`; without a `dropout_key`, dropout is off."""
     op = _checked_op(params, x, config, dropout_key)
     require(
@@ -132,14 +135,16 @@ def apply(params: MLPParams, x: Array, config: MLPConfig, dropout_key: Array | N
     return ensure_finite("y", run(params, x, dropout_key))
 
 
-def apply_hidden(params: MLPParams, x: Array, config: MLPConfig, dropout_key: Array | None) -> Array:
+def mlp_hidden(
+    params: MLPParams, x: Float[Array, "*B D"], config: MLPConfig, *, dropout_key: Key[Array, ""] | None = None
+) -> Float[Array, "*B F"]:
     """:func:`hidden_activations` with the options of `config`; without a `dropout_key`, dropout is off."""
     op = _checked_op(params, x, config, dropout_key)
     return placed_automatically(functools.partial(vjp.run_hidden, op), _hidden_spec)(params, x, dropout_key)
 
 
 def _hidden_spec(params, x, dropout_key) -> PartitionSpec:
-    """Leading axes are sharded like x, the last like F in the weights. If both use a mesh axis, F keeps it."""
+    """Leading axes are sharded like x, the last like F in the weights. If both use the same mesh axis, F gets it."""
     hidden_axes = mesh_axes(spec_of(params.gate_proj)[1])
     lead = (tuple(a for a in mesh_axes(axes) if a not in hidden_axes) for axes in spec_of(x)[:-1])
     return PartitionSpec(*lead, hidden_axes)

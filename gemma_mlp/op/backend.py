@@ -1,4 +1,8 @@
-"""What a feed-forward is traced with: the options of one call, and the kernels of the backend that computes it."""
+"""What a feed-forward is traced with: the options of one call, and the kernels of the backend that computes it.
+
+To add a backend: a file with a value of `Backend`, its name in choose.py's `KERNELS` and error text, its floor in
+tests/test_house.py.
+"""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -13,19 +17,20 @@ from gemma_mlp.dtypes import accumulation_dtype
 class Backend(NamedTuple):
     """Kernels that replace XLA's arithmetic. Where a field is None, :mod:`gemma_mlp.op.xla` does the work.
 
-    Code asks for a capability, never for a name. x and dy are [*B, D], gate, up and h are [*B, F]; all results are in
-    `op.dtype` unless said otherwise. "Saved" gate and up are those that `save="gate_up"` keeps for the backward pass.
+    Code asks for a capability, never for a backend's name. x and dy are [*B, D]; gate, up and h are [*B, F]. Results
+    are in `op.dtype` unless said otherwise. "Saved" gate and up are those of `save="gate_up"`.
 
     Attributes:
-      forward: (op, params, x, save) -> (y,) or, to `save` them, (y, gate, up).
-      hidden: (op, params, x, save) -> (h,) or, to `save` them, (h, gate, up).
+      forward: (op, params, x, save_gate_up) -> (y,) or, to save them, (y, gate, up).
+      hidden: (op, params, x, save_gate_up) -> (h,) or, to save them, (h, gate, up). It is only asked to save them if
+        there is no `forward`.
       backward: (op, params, x, dy) -> (gradients of params in their dtypes, gradient of x in float32), from x alone.
       hidden_backward: (op, params, dy, gate, up) -> (h, dgate, dup), from saved gate and up.
       weight_backward: (op, params, dy, gate, up) -> (dgate, dup, gradient of down_proj), from saved gate and up, which
         it overwrites. It takes all of F at once.
-      float32_slices: where nothing is saved, XLA's backward pass stores gate, up and dh in float32, in so many slices
-        of F. That is as accurate as a kernel, and takes less memory than whole arrays in bfloat16. None: it stores
-        them in `op.dtype`.
+      float32_slices: if nothing is saved, XLA's backward pass goes through F in up to this many slices, in which gate,
+        up and dh are float32. That is as accurate as a kernel, and takes less memory than whole arrays in bfloat16.
+        None: it takes F at once, as XLA's own backward pass does.
       lacks: activations that its kernels cannot compute.
     """
 
@@ -49,7 +54,8 @@ class Op(NamedTuple):
       dtype: the compute dtype.
       dropout_rate: 0 where dropout is off.
       backend: whose kernels run.
-      on_cpu: whether the program is compiled for a CPU; None: not known before it is lowered.
+      on_cpu: True once a CPU is chosen as the platform. False: another is, or none has been chosen yet. None: only
+        known when the program is lowered.
       round_between: whether gate, up and dh are rounded to `dtype` where they are stored between matmuls.
     """
 
@@ -66,6 +72,6 @@ class Op(NamedTuple):
         return accumulation_dtype(self.dtype)
 
     @property
-    def stored(self) -> jnp.dtype:
-        """The dtype in which matmuls are stored that element-wise work follows."""
+    def between(self) -> jnp.dtype:
+        """The dtype in which a matmul is stored if element-wise work follows."""
         return self.dtype if self.round_between else self.wide

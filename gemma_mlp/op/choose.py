@@ -1,4 +1,4 @@
-"""The choice of the backend: the one place that knows backends by name."""
+"""The choice of the backend: the one place that knows the kernels' platforms by name."""
 
 from typing import Any
 

@@ -10,13 +10,14 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental.layout import Layout, with_layout_constraint
 
+from gemma_mlp.mesh import mesh_to_split
 from gemma_mlp.op.slices import ceil_div, in_slices
 
 # A weight gradient is computed in this many blocks of rows. Each is rounded before the next is summed, so only one
-# block is ever in float32. Two are fastest on both JAX versions; four help 0.12 and hurt 0.10.2.
+# block is ever in float32. Two are the fastest on JAX 0.10.2 and on 0.12; four were faster on 0.12 only.
 BLOCKS = 2
 # The allocator returns buffers above 32 MiB to the operating system after each call, and getting them back costs page
-# faults. Chunks of this many tokens stay below.
+# faults. In chunks of this many tokens, h stays below at 2B and 9B sizes.
 CHUNK_TOKENS = 512
 
 
@@ -40,9 +41,13 @@ def outer_in_blocks(a, b, result, multiply):
 
 
 def chunk_size(shape, dtype) -> int | None:
-    """How many positions of x [*B, D] to take at a time where no gradient is asked for; None: all of them."""
+    """How many positions of x [*B, D] a CPU computes at once if the user did not say; None: all of them.
+
+    `vjp._forward` asks for it if the program is for a CPU and no gradient is wanted. On a mesh tokens stay whole, since
+    the mesh may have split them. Only the length is cut: with a batch of 600, a chunk has at least 600 tokens.
+    """
     tokens = math.prod(shape[:-1])
-    if tokens < CHUNK_TOKENS:
+    if tokens < CHUNK_TOKENS or mesh_to_split() is not None:
         return None
     # In bfloat16 there are three arrays (gate and up in float32, and h), so at least two chunks are needed.
     least = 2 if dtype == jnp.bfloat16 else 1

@@ -12,7 +12,6 @@ copy reads zeros and writes nothing, so any number of tokens is served.
 """
 
 import functools
-import math
 import re
 from typing import Any
 
@@ -23,7 +22,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, BFloat16
 
-from gemma_mlp.activations import ACTIVATIONS, Activation, GateActivation
+from gemma_mlp.activations import ACTIVATIONS, Activation, GateActivation, erf_gelu, normal_cdf_by_erf
 from gemma_mlp.checks import describe, require
 from gemma_mlp.mesh import target_device
 
@@ -38,18 +37,11 @@ SUBLANES = 8  # rows of a tile of shared memory
 STORE = getattr(plgpu, "store", None)  # newer than JAX 0.10.2; there, assignments read what they overwrite
 LOAD: Any = plgpu.load if STORE else functools.partial(plgpu.load, idx=())  # JAX 0.10.2 takes the index apart
 
-# Mosaic GPU cannot lower erfc, nor on JAX 0.10.2 the custom derivative of jax.nn.relu.
+# Mosaic GPU cannot lower erfc, nor, on JAX 0.10.2, the custom derivative of jax.nn.relu.
 LOWERED = ACTIVATIONS | {
-    "gelu": GateActivation(
-        lambda x: x * _normal_cdf(x),
-        lambda x: _normal_cdf(x) + x * jnp.exp(-0.5 * x * x) / math.sqrt(2 * math.pi),
-    ),
+    "gelu": erf_gelu(normal_cdf_by_erf),
     "relu": GateActivation(lambda x: jnp.maximum(x, 0.0), ACTIVATIONS["relu"].derivative),
 }
-
-
-def _normal_cdf(x):
-    return 0.5 * (1 + lax.erf(x * 0.5**0.5))
 
 
 def hidden(
@@ -58,9 +50,9 @@ def hidden(
     up_proj: BFloat16[Array, "D F"],
     *,
     activation: Activation,
-    save: bool,
+    save_gate_up: bool,
 ) -> tuple[BFloat16[Array, "T F"], ...]:
-    """(h,) or, to `save` them, (h, gate, up): h = activation(gate) * up, gate = x W_gate, up = x W_up.
+    """(h,) or, to save them, (h, gate, up): h = activation(gate) * up, gate = x W_gate, up = x W_up.
 
     It needs no memory beyond its results, except for a copy of x if there are more than 8 tokens and their number is
     not a multiple of 8.
@@ -71,11 +63,11 @@ def hidden(
 
     def elementwise(gate, up):
         yield LOWERED[activation].gated(gate, up)
-        if save:
+        if save_gate_up:
             yield from (gate, up)
 
     weights = gate_proj, up_proj
-    return _multiply(elementwise, x, weights, num_new=3 if save else 1)
+    return _multiply(elementwise, x, weights, num_new=3 if save_gate_up else 1)
 
 
 def hidden_gradients(
@@ -224,7 +216,7 @@ def _multiply(elementwise, x, weights, *, in_place=(), num_new, transposed=False
             num_threads=CONSUMERS + 1,
             thread_name="warp_group",
         ),
-        # Lane semantics, the default only of JAX 0.10.2, know erf and results without tiles.
+        # Lane semantics support erf and untiled results; they are the default only in JAX 0.10.2.
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
     )
 

@@ -2,38 +2,36 @@
 
 import functools
 
-from gemma_mlp.mesh import OnMesh
+from gemma_mlp.mesh import run_on_mesh
 from gemma_mlp.op import tpu_backward, tpu_forward
 from gemma_mlp.op.backend import Backend
 from gemma_mlp.params import LEAVES, WEIGHTS, MLPParams
 
 
-def forward(op, params, x, save):
-    kernel = functools.partial(tpu_forward.fused_forward, activation=op.config.activation, save=save)
-    return _on_mesh(op, params, x).run(kernel, [("rows", x), *_weights(params)], ["sum", *["hidden"] * (2 * save)])
+def forward(op, params, x, save_gate_up):
+    kernel = functools.partial(tpu_forward.fused_forward, save_gate_up=save_gate_up)
+    return _run(op, kernel, [("rows", x), *_weights(params)], ["sum", *["hidden"] * (2 * save_gate_up)])
 
 
-def hidden(op, params, x, save):
-    assert not save  # `forward` is one kernel and saves gate and up by itself
-    kernel = functools.partial(tpu_forward.hidden_only, activation=op.config.activation)
-    return _on_mesh(op, params, x).run(kernel, [("rows", x), *_weights(params)[:2]], ["hidden"])
+def hidden(op, params, x, save_gate_up):
+    assert not save_gate_up  # `forward` does that
+    return _run(op, tpu_forward.hidden_only, [("rows", x), *_weights(params)[:2]], ["hidden"])
 
 
 def backward(op, params, x, dy):
-    kernel = functools.partial(tpu_backward.fused_backward, activation=op.config.activation)
     arguments = [("rows", x), ("rows", dy), *_weights(params)]
-    dx, *dweights = _on_mesh(op, params, x).run(kernel, arguments, ["sum", *(LEAVES[name] for name in WEIGHTS)])
+    dx, *dweights = _run(op, tpu_backward.fused_backward, arguments, ["sum", *(LEAVES[name] for name in WEIGHTS)])
     return MLPParams(*dweights), dx
 
 
 def weight_backward(op, params, dy, gate, up):
-    kernel = functools.partial(tpu_backward.backward_from_saved, activation=op.config.activation)
     arguments = [("rows", dy), ("hidden", gate), ("hidden", up), ("FD", params.down_proj)]
-    return _on_mesh(op, params, dy).run(kernel, arguments, ["hidden", "hidden", "FD"])
+    return _run(op, tpu_backward.backward_from_saved, arguments, ["hidden", "hidden", "FD"])
 
 
-def _on_mesh(op, params, x):
-    return OnMesh(x.shape, params.gate_proj.shape[1], op.config.axis_rules)
+def _run(op, kernel, arguments, results):
+    kernel = functools.partial(kernel, activation=op.config.activation)
+    return run_on_mesh(kernel, arguments, results, op.config.axis_rules)
 
 
 def _weights(params):

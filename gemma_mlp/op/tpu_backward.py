@@ -9,8 +9,8 @@ add to the gradient of x, which is in memory in float32: each step fetches its r
 Where gate and up are saved, the kernel computes their gradients and that of W_down, without an h or dh in memory; XLA
 multiplies these with x and with the weights.
 
-Each gradient is written over its own input (a weight, gate or up), whose block has been read by then. In a scan over
-layers these inputs are already copies, so the gradients need no extra memory.
+Each gradient overwrites its own input (a weight, gate or up), whose block has been read by then. In a scan over layers
+the inputs are copies anyway, so the gradients need no extra memory.
 """
 
 import functools
@@ -24,19 +24,8 @@ from jaxtyping import Array, Float
 
 from gemma_mlp.activations import ACTIVATIONS, Activation
 from gemma_mlp.dtypes import accumulation_dtype
+from gemma_mlp.op import tpu_blocks
 from gemma_mlp.op.slices import ceil_div, round_up
-from gemma_mlp.op.tpu_blocks import (
-    ROWS,
-    Blocks,
-    choose_blocks,
-    compiler_params,
-    dot,
-    fill_zeros,
-    hidden_block_sizes,
-    matmul,
-    require_sizes,
-    store,
-)
 
 # Tokens of a step. For each block of F, x, dy and dx pass by: 12 bytes for each element of [T, D], for 16 FLOPs times
 # the block's width, whatever the number of tokens in a step. With blocks of 512 that is 683 FLOPs to a byte; a v6e
@@ -65,8 +54,7 @@ def fused_backward(
         inner = 8 * blocks.hidden * wide.itemsize + embed_dim * wide.itemsize
         return (row + inner) * blocks.tokens + (column + cast) * blocks.hidden
 
-    require_sizes(embed_dim, hidden_dim)
-    blocks = choose_blocks(_candidates(tokens, hidden_dim), vmem_bytes)
+    blocks = tpu_blocks.choose_blocks(embed_dim, hidden_dim, _candidates(tokens, hidden_dim), vmem_bytes)
     turns = ceil_div(tokens, blocks.tokens)
     hidden_blocks = hidden_dim // blocks.hidden
     cores = pltpu.get_tpu_info().num_cores
@@ -102,7 +90,7 @@ def fused_backward(
             pltpu.SemaphoreType.DMA((2,)),
             pltpu.SemaphoreType.DMA((2,)),
         ],
-        compiler_params=compiler_params("parallel", "arbitrary", "arbitrary"),
+        compiler_params=tpu_blocks.compiler_params("parallel", "arbitrary", "arbitrary"),
         name="geglu_gradients",
     )(x, dy, gate_proj, up_proj, down_proj)
     return jnp.sum(dx, axis=0)[:tokens], *dweights
@@ -127,8 +115,7 @@ def backward_from_saved(
         cast = embed_dim * dtype.itemsize * (weight_dtype != dtype)
         return row * blocks.tokens + (column + cast) * blocks.hidden
 
-    require_sizes(embed_dim, hidden_dim)
-    blocks = choose_blocks(_candidates(tokens, hidden_dim), vmem_bytes)
+    blocks = tpu_blocks.choose_blocks(embed_dim, hidden_dim, _candidates(tokens, hidden_dim), vmem_bytes)
     part = pl.BlockSpec((blocks.tokens, blocks.hidden), lambda j, i: (i, j))
     weight = pl.BlockSpec((blocks.hidden, embed_dim), lambda j, i: (j, 0))
     given = gate, up, down_proj
@@ -140,16 +127,18 @@ def backward_from_saved(
         out_specs=(part, part, weight),
         input_output_aliases={1: 0, 2: 1, 3: 2},
         scratch_shapes=[pltpu.VMEM((blocks.hidden, embed_dim), wide)],
-        compiler_params=compiler_params("parallel", "arbitrary"),
+        compiler_params=tpu_blocks.compiler_params("parallel", "arbitrary"),
         name="geglu_gradients_from_saved",
     )(dy, *given)
 
 
 def _candidates(tokens, hidden_dim):
-    """Largest first. Ties go to the larger block of F, since the number of F blocks is how often all else is read."""
-    all_tokens = round_up(tokens, ROWS)
-    sizes = {min(MOST_TOKENS >> i, all_tokens) for i in range(MOST_TOKENS.bit_length()) if MOST_TOKENS >> i >= ROWS}
-    blocks = [Blocks(size, part, size) for part in hidden_block_sizes(hidden_dim) for size in sizes]
+    """Largest first, and of equal ones the largest block of F first: each block of F reads x, dy and dx again."""
+    all_tokens = round_up(tokens, tpu_blocks.ROWS)
+    halves = (MOST_TOKENS >> i for i in range(MOST_TOKENS.bit_length()))
+    sizes = {min(half, all_tokens) for half in halves if half >= tpu_blocks.ROWS}
+    parts = tpu_blocks.hidden_block_sizes(hidden_dim)
+    blocks = [tpu_blocks.Blocks(size, part, size) for part in parts for size in sizes]
     return sorted(blocks, key=lambda b: (b.tokens * b.hidden, b.hidden), reverse=True)
 
 
@@ -160,7 +149,7 @@ def _kernel(activation, tokens, turns, x, dy, gate_proj, up_proj, down_proj, dx,
     core, j, i = (pl.program_id(axis) for axis in range(3))
     step = j * turns + i
     slot = lax.rem(step, 2)
-    in_memory = dx.at[core, pl.ds(pl.multiple_of(i * size, ROWS), size)]
+    in_memory = dx.at[core, pl.ds(pl.multiple_of(i * size, tpu_blocks.ROWS), size)]
     fetch = pltpu.make_async_copy(in_memory, dx_rows.at[slot], arrivals.at[slot])
     send = pltpu.make_async_copy(dx_rows.at[slot], in_memory, departures.at[slot])
 
@@ -181,21 +170,22 @@ def _kernel(activation, tokens, turns, x, dy, gate_proj, up_proj, down_proj, dx,
 
     @pl.when(j == 0)
     def _():
-        fill_zeros(dx_rows.at[slot])
+        tpu_blocks.fill_zeros(dx_rows.at[slot])
 
     @pl.when(i == 0)
     def _():
         for total in sums:
-            fill_zeros(total)
+            tpu_blocks.fill_zeros(total)
 
     x_TD, dy_TD = _existing(x[...], i, tokens), _existing(dy[...], i, tokens)
-    gate, up, dh = matmul(x_TD, gate_proj), matmul(x_TD, up_proj), matmul(dy_TD, down_proj, transpose=True)
+    gate, up = tpu_blocks.matmul(x_TD, gate_proj), tpu_blocks.matmul(x_TD, up_proj)
+    dh = tpu_blocks.matmul(dy_TD, down_proj, transpose=True)
     gradients = ACTIVATIONS[activation].gated_gradients(gate, up, dh)
     h, dgate, dup = (a.astype(x.dtype) for a in (ACTIVATIONS[activation].gated(gate, up), *gradients))
     sum_gate[...] += _outer(x_TD, dgate)
     sum_up[...] += _outer(x_TD, dup)
     sum_down[...] += _outer(h, dy_TD)
-    part = matmul(dgate, gate_proj, transpose=True) + matmul(dup, up_proj, transpose=True)
+    part = tpu_blocks.matmul(dgate, gate_proj, transpose=True) + tpu_blocks.matmul(dup, up_proj, transpose=True)
 
     @pl.when(j > 0)
     def _():
@@ -207,7 +197,7 @@ def _kernel(activation, tokens, turns, x, dy, gate_proj, up_proj, down_proj, dx,
     @pl.when(i == turns - 1)
     def _():
         for dweight, total in zip(dweights, sums):
-            store(dweight, total)
+            tpu_blocks.store(dweight, total)
 
     @pl.when(step == pl.num_programs(1) * turns - 1)
     def _():
@@ -223,18 +213,18 @@ def _kernel_from_saved(activation, tokens, dy, gate, up, down_proj, dgate, dup, 
 
     @pl.when(i == 0)
     def _():
-        fill_zeros(sum_FD)
+        tpu_blocks.fill_zeros(sum_FD)
 
     dy_TD, gate_TF, up_TF = (_existing(a[...], i, tokens) for a in (dy, gate, up))
     gate_TF, up_TF = gate_TF.astype(sum_FD.dtype), up_TF.astype(sum_FD.dtype)
-    dh_TF = matmul(dy_TD, down_proj, transpose=True)
+    dh_TF = tpu_blocks.matmul(dy_TD, down_proj, transpose=True)
     sum_FD[...] += _outer(ACTIVATIONS[activation].gated(gate_TF, up_TF).astype(dy.dtype), dy_TD)
     for result, array in zip((dgate, dup), ACTIVATIONS[activation].gated_gradients(gate_TF, up_TF, dh_TF)):
         result[...] = array.astype(result.dtype)
 
     @pl.when(i == pl.num_programs(1) - 1)
     def _():
-        store(ddown_proj, sum_FD)
+        tpu_blocks.store(ddown_proj, sum_FD)
 
 
 def _existing(a, i, tokens):
@@ -248,4 +238,4 @@ def _existing(a, i, tokens):
 
 def _outer(a, b):
     """a.T @ b, accumulated over tokens in float32."""
-    return dot(a, b, (0,), (0,))
+    return tpu_blocks.dot(a, b, (0,), (0,))

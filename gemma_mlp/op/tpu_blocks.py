@@ -1,4 +1,8 @@
-"""What the kernels for TPUs share: the sizes of blocks, matmuls and loops over the rows of a block."""
+"""What the kernels for TPUs share: the sizes of blocks, matmuls and loops over the rows of a block.
+
+Each kernel lists its candidates for block sizes, largest first (`_candidates` in tpu_forward.py and tpu_backward.py),
+and says how many bytes of VMEM they take (its `vmem_bytes`). `choose_blocks` takes the first that fits.
+"""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -25,26 +29,25 @@ class Blocks(NamedTuple):
     rows: int
 
 
-def require_sizes(embed_dim: int, hidden_dim: int) -> None:
+def hidden_block_sizes(hidden_dim: int) -> list[int]:
+    """The sizes of a block of F, from large to small."""
+    return [size for size in range(MOST_HIDDEN, 0, -LANES) if hidden_dim % size == 0]
+
+
+def choose_blocks(
+    embed_dim: int, hidden_dim: int, candidates: list[Blocks], vmem_bytes: Callable[[Blocks], int]
+) -> Blocks:
+    """The first of the candidates that fits into the chip's VMEM.
+
+    Raises:
+      ValueError: if none does, or for sizes that the kernels do not serve.
+    """
     require(
         embed_dim % LANES == hidden_dim % LANES == 0,
         f"For the TPU kernels embed_dim and, on each device, hidden_dim must be multiples of {LANES}.",
         f"{embed_dim} and {hidden_dim}",
         "use such sizes, or implementation='xla'.",
     )
-
-
-def hidden_block_sizes(hidden_dim: int) -> list[int]:
-    """The sizes of a block of F, from large to small."""
-    return [size for size in range(MOST_HIDDEN, 0, -LANES) if hidden_dim % size == 0]
-
-
-def choose_blocks(candidates: list[Blocks], vmem_bytes: Callable[[Blocks], int]) -> Blocks:
-    """The first of the candidates that fits into the chip's VMEM.
-
-    Raises:
-      ValueError: if none does.
-    """
     fitting = [blocks for blocks in candidates if vmem_bytes(blocks) <= vmem_limit()]
     require(
         bool(fitting),

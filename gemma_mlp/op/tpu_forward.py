@@ -5,8 +5,7 @@ float32 in VMEM, so gate and up are never rounded. Weights are cast block by blo
 
 The grid goes through blocks of tokens. For each it goes through blocks of F, over which y is summed in VMEM while the
 rows of x stay there. If the last block of tokens is not full, it computes on whatever follows in memory: rows do not
-mix, and the surplus rows are not written. Blocks are addressed by the number of their first row and column, so no
-offset in elements is computed that 32 bits might not hold.
+mix, and the surplus rows are not written. Blocks are addressed by block number, so offsets cannot overflow 32 bits.
 """
 
 import functools
@@ -18,19 +17,8 @@ from jaxtyping import Array, Float
 
 from gemma_mlp.activations import ACTIVATIONS, Activation
 from gemma_mlp.dtypes import accumulation_dtype
+from gemma_mlp.op import tpu_blocks
 from gemma_mlp.op.slices import ceil_div, round_up
-from gemma_mlp.op.tpu_blocks import (
-    ROWS,
-    Blocks,
-    choose_blocks,
-    compiler_params,
-    fill_zeros,
-    hidden_block_sizes,
-    in_rows,
-    matmul,
-    require_sizes,
-    store,
-)
 
 # Each weight is read once for a block of tokens. With 1,024 tokens that is 1,024 FLOPs to a byte, of which a v6e needs
 # 560 to reach its peak (918 TFLOP/s, 1.64 TB/s: Google Cloud, TPU v6e); with 512 it would wait for memory.
@@ -48,9 +36,9 @@ def fused_forward(
     down_proj: Float[Array, "F D"],
     *,
     activation: Activation,
-    save: bool,
+    save_gate_up: bool,
 ) -> tuple[Array, ...]:
-    """(y,) or, to `save` them, (y, gate, up), in the dtype of x: y = (activation(x W_gate) * (x W_up)) W_down [T, D].
+    """(y,) or, to save them, (y, gate, up), in the dtype of x: y = (activation(x W_gate) * (x W_up)) W_down [T, D].
 
     It needs no memory except for its results.
     """
@@ -61,11 +49,10 @@ def fused_forward(
     def vmem_bytes(blocks):
         row = embed_dim * (2 * 2 * dtype.itemsize + wide.itemsize)  # two buffers: one in use, one on its way
         column = 3 * embed_dim * (2 * weight_dtype.itemsize + dtype.itemsize * (weight_dtype != dtype))
-        saved = 2 * 2 * dtype.itemsize * blocks.tokens * save
+        saved = 2 * 2 * dtype.itemsize * blocks.tokens * save_gate_up
         return row * blocks.tokens + (column + saved + 6 * blocks.rows * wide.itemsize) * blocks.hidden
 
-    require_sizes(embed_dim, hidden_dim)
-    blocks = choose_blocks(_candidates(tokens, hidden_dim), vmem_bytes)
+    blocks = tpu_blocks.choose_blocks(embed_dim, hidden_dim, _candidates(tokens, hidden_dim), vmem_bytes)
     stream = pl.BlockSpec((blocks.tokens, embed_dim), lambda i, j: (i, 0))
     gate_up = pl.BlockSpec((embed_dim, blocks.hidden), lambda i, j: (0, j))
     saved = pl.BlockSpec((blocks.tokens, blocks.hidden), lambda i, j: (i, j))
@@ -73,13 +60,13 @@ def fused_forward(
         functools.partial(_kernel, activation, blocks.rows),
         out_shape=(
             jax.ShapeDtypeStruct(x.shape, dtype),
-            *[jax.ShapeDtypeStruct((tokens, hidden_dim), dtype)] * (2 if save else 0),
+            *[jax.ShapeDtypeStruct((tokens, hidden_dim), dtype)] * (2 if save_gate_up else 0),
         ),
         grid=(ceil_div(tokens, blocks.tokens), hidden_dim // blocks.hidden),
         in_specs=[stream, gate_up, gate_up, pl.BlockSpec((blocks.hidden, embed_dim), lambda i, j: (j, 0))],
-        out_specs=(stream, *[saved] * (2 if save else 0)),
+        out_specs=(stream, *[saved] * (2 if save_gate_up else 0)),
         scratch_shapes=[pltpu.VMEM((blocks.tokens, embed_dim), wide)],
-        compiler_params=compiler_params("parallel", "arbitrary"),
+        compiler_params=tpu_blocks.compiler_params("parallel", "arbitrary"),
         name="geglu",
     )(x, gate_proj, up_proj, down_proj)
 
@@ -89,20 +76,20 @@ def _kernel(activation, rows, x, gate_proj, up_proj, down_proj, y, *rest):
 
     @pl.when(pl.program_id(1) == 0)
     def _():
-        fill_zeros(sum_TD)
+        tpu_blocks.fill_zeros(sum_TD)
 
     def compute(at):
-        gate_up = matmul(x[at], gate_proj), matmul(x[at], up_proj)
+        gate_up = tpu_blocks.matmul(x[at], gate_proj), tpu_blocks.matmul(x[at], up_proj)
         for result, array in zip(saved, gate_up):
             result[at] = array.astype(result.dtype)
         h = ACTIVATIONS[activation].gated(*gate_up)
-        sum_TD[at] += matmul(h.astype(x.dtype), down_proj)
+        sum_TD[at] += tpu_blocks.matmul(h.astype(x.dtype), down_proj)
 
-    in_rows(rows, x.shape[0], compute)
+    tpu_blocks.in_rows(rows, x.shape[0], compute)
 
     @pl.when(pl.program_id(1) == pl.num_programs(1) - 1)
     def _():
-        store(y, sum_TD)
+        tpu_blocks.store(y, sum_TD)
 
 
 def hidden_only(
@@ -117,8 +104,7 @@ def hidden_only(
         column = 2 * embed_dim * (2 * weight_dtype.itemsize + dtype.itemsize * (weight_dtype != dtype))
         return row * blocks.tokens + (column + 4 * blocks.rows * accumulation_dtype(dtype).itemsize) * blocks.hidden
 
-    require_sizes(embed_dim, hidden_dim)
-    blocks = choose_blocks(_candidates(tokens, hidden_dim), vmem_bytes)
+    blocks = tpu_blocks.choose_blocks(embed_dim, hidden_dim, _candidates(tokens, hidden_dim), vmem_bytes)
     weight = pl.BlockSpec((embed_dim, blocks.hidden), lambda i, j: (0, j))
     return pl.pallas_call(
         functools.partial(_hidden_kernel, activation, blocks.rows),
@@ -126,29 +112,29 @@ def hidden_only(
         grid=(ceil_div(tokens, blocks.tokens), hidden_dim // blocks.hidden),
         in_specs=[pl.BlockSpec((blocks.tokens, embed_dim), lambda i, j: (i, 0)), weight, weight],
         out_specs=(pl.BlockSpec((blocks.tokens, blocks.hidden), lambda i, j: (i, j)),),
-        compiler_params=compiler_params("parallel", "arbitrary"),
+        compiler_params=tpu_blocks.compiler_params("parallel", "arbitrary"),
         name="geglu_hidden",
     )(x, gate_proj, up_proj)
 
 
 def _hidden_kernel(activation, rows, x, gate_proj, up_proj, h):
     def compute(at):
-        gate, up = matmul(x[at], gate_proj), matmul(x[at], up_proj)
+        gate, up = tpu_blocks.matmul(x[at], gate_proj), tpu_blocks.matmul(x[at], up_proj)
         h[at] = ACTIVATIONS[activation].gated(gate, up).astype(h.dtype)
 
-    in_rows(rows, x.shape[0], compute)
+    tpu_blocks.in_rows(rows, x.shape[0], compute)
 
 
 def _candidates(tokens, hidden_dim):
-    """Largest first. Blocks of tokens are halved last, since their number is how often a weight is read."""
+    """Largest first. Smaller blocks of F come before fewer tokens: each block of tokens reads all weights again."""
     blocks, most = [], MOST_TOKENS
-    while most >= ROWS:
+    while most >= tpu_blocks.ROWS:
         count = ceil_div(tokens, most)
         if tokens >= MANY_TOKENS:
             count = round_up(count, pltpu.get_tpu_info().num_cores)
         share = ceil_div(tokens, count)
         turns = ceil_div(share, UNROLLED)
-        rows = round_up(ceil_div(share, turns), ROWS)
-        blocks += [Blocks(turns * rows, size, rows) for size in hidden_block_sizes(hidden_dim)]
+        rows = round_up(ceil_div(share, turns), tpu_blocks.ROWS)
+        blocks += [tpu_blocks.Blocks(turns * rows, size, rows) for size in tpu_blocks.hidden_block_sizes(hidden_dim)]
         most //= 2
     return blocks

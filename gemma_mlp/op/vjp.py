@@ -1,8 +1,12 @@
-"""The feed-forward with its own backward pass: what `save` keeps, chunks of tokens, and who chooses the platform.
+"""The feed-forward with its own backward pass: save policies, chunks of tokens, and the choice of the platform.
 
-README.md in this folder has the table of what runs when. `_forward` is chosen for a platform (a CPU or another) as a
-whole if no gradient is asked for. Under a gradient h and y each choose for themselves, so that the tags of
-`checkpoint_name` stay visible to a user's remat policy.
+- `save="input"` saves only the arguments; the backward pass recomputes gate and up (`xla._hidden_gradients`, or
+  `backend.backward`). `save="gate_up"` also saves gate and up. With `save="autodiff"` JAX differentiates `_forward`.
+- Without a gradient one switch between a CPU and other platforms surrounds all of `_forward`. Under a gradient h and y
+  each have their own, because a user's remat policy cannot see the tags inside a switch.
+- `_forward` loops over chunks of tokens. The backward pass loops over slices of F instead, in `xla.gradients`.
+
+README.md in this folder has the table of what runs when.
 """
 
 import functools
@@ -13,7 +17,7 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Key
 
-from gemma_mlp.mesh import count_shards, mesh_to_split, token_axis
+from gemma_mlp.mesh import count_shards, token_axis
 from gemma_mlp.op import cpu, xla
 from gemma_mlp.op.backend import XLA, Op
 from gemma_mlp.op.slices import SlicedAxis, ceil_div, in_slices
@@ -36,7 +40,7 @@ def run_hidden(
     return _by_platform(op, xla.hidden, params, x, xla.dropout_mask(op, params, x, dropout_key))[0]
 
 
-def _as_it_is(op, function, *args):
+def _directly(op, function, *args):
     return function(op, *args)
 
 
@@ -54,8 +58,8 @@ def _feed_forward(op, params, x, dropout_key):
 
 
 def _save_for_backward(op, params, x, dropout_key):
-    save = op.config.save == "gate_up"
-    y_BD, *saved = _forward(op, params, x, dropout_key, piece=_by_platform, save=save)
+    save_gate_up = op.config.save == "gate_up"  # else `input`, which saves nothing more
+    y_BD, *saved = _forward(op, params, x, dropout_key, call=_by_platform, save_gate_up=save_gate_up)
     return y_BD, (params, x, dropout_key, [checkpoint_name(a, n) for a, n in zip(saved, ("mlp_gate", "mlp_up"))])
 
 
@@ -71,21 +75,22 @@ def _backward(op, residuals, dy_BD):
 _feed_forward.defvjp(_save_for_backward, _backward)
 
 
-def _forward(op, params, x_BD, dropout_key, *, piece=_as_it_is, save=False):
-    """(y,) or, to `save` them, (y, gate, up). `piece` runs h and y, each by itself."""
+def _forward(op, params, x_BD, dropout_key, *, call=_directly, save_gate_up=False):
+    """(y,) or, to save them, (y, gate, up). The functions for h and for y are called by `call`."""
     x_BD = xla.residual_stream(op, x_BD)
     if op.backend.forward is not None:
-        y_BD, *gate_up = op.backend.forward(op, params, x_BD.astype(op.dtype), save)
+        y_BD, *gate_up = op.backend.forward(op, params, x_BD.astype(op.dtype), save_gate_up)
         return checkpoint_name(xla.residual_stream(op, y_BD), "mlp_out"), *gate_up
     mask_BF = xla.dropout_mask(op, params, x_BD, dropout_key)
 
     def compute(x_BD, mask_BF):
-        h_BF, *gate_up = piece(op, functools.partial(xla.hidden, save=save), params, x_BD, mask_BF)
+        hidden = functools.partial(xla.hidden, save_gate_up=save_gate_up)
+        h_BF, *gate_up = call(op, hidden, params, x_BD, mask_BF)
         h_BF = checkpoint_name(h_BF, "mlp_hidden")
-        return checkpoint_name(piece(op, xla.down, params, h_BF), "mlp_out"), *gate_up
+        return checkpoint_name(call(op, xla.down, params, h_BF), "mlp_out"), *gate_up
 
     chunk_size = op.config.chunk_size
-    if chunk_size is None and op.on_cpu and mesh_to_split() is None:
+    if chunk_size is None and op.on_cpu:
         chunk_size = cpu.chunk_size(x_BD.shape, op.dtype)
     if chunk_size is None or x_BD.ndim < 2 or x_BD.shape[-2] <= chunk_size:
         return compute(x_BD, mask_BF)

@@ -1,8 +1,11 @@
 """The feed-forward's arithmetic as XLA compiles it: h, y, and the gradients.
 
 Every matmul takes operands in the compute dtype and accumulates in float32. Element-wise work is float32. Results are
-rounded once, where they are stored. The optimisation barriers decide what is in memory, the sharding constraints what
-devices send to one another; tests/aot holds the compilers to both.
+rounded once, where they are stored. The optimisation barriers decide what is in memory, the sharding constraints
+(`residual_stream`, `over_hidden`) what devices send to one another; tests/aot holds the compilers to both.
+
+`gradients` goes through F in slices where `chunk_size` asks for it. The chunks of tokens of the forward pass are in
+vjp.py. With `save="input"` the backward pass recomputes gate and up in `_hidden_gradients`.
 """
 
 import math
@@ -24,24 +27,26 @@ from gemma_mlp.params import HIDDEN_AXIS, MLPParams
 V5P = {"TPU v5", "TPU v5p"}  # the device kinds that JAX knows a v5p by
 
 
-def hidden(op: Op, params: MLPParams, x_BD: Array, mask_BF: Array | None, *, save: bool = False) -> tuple[Array, ...]:
-    """(h,) or, to `save` them, (h, gate, up), in the compute dtype."""
+def hidden(
+    op: Op, params: MLPParams, x_BD: Array, mask_BF: Array | None, *, save_gate_up: bool = False
+) -> tuple[Array, ...]:
+    """(h,) or, to save them, (h, gate, up), in the compute dtype. By XLA, or by the backend's kernel."""
     if op.backend.hidden is not None:
-        return op.backend.hidden(op, params, x_BD.astype(op.dtype), save)
-    gate_BF = _project(op, op.stored, x_BD, params.gate_proj, params.gate_bias)
-    up_BF = _project(op, op.stored, x_BD, params.up_proj, params.up_bias)
-    if op.config.save == "autodiff":  # the other policies tag gate and up where they save them
+        return op.backend.hidden(op, params, x_BD.astype(op.dtype), save_gate_up)
+    gate_BF = _project(op, op.between, x_BD, params.gate_proj, params.gate_bias)
+    up_BF = _project(op, op.between, x_BD, params.up_proj, params.up_bias)
+    if op.config.save == "autodiff":  # JAX saves them; for `gate_up` they are tagged in vjp.py
         gate_BF, up_BF = checkpoint_name(gate_BF, "mlp_gate"), checkpoint_name(up_BF, "mlp_up")
     h_BF = ACTIVATIONS[op.config.activation].gated(gate_BF.astype(op.wide), up_BF.astype(op.wide))
     h_BF = over_hidden(op, _dropped(op, h_BF, mask_BF).astype(op.dtype))
-    saved = (gate_BF.astype(op.dtype), up_BF.astype(op.dtype)) if save else ()
+    saved = (gate_BF.astype(op.dtype), up_BF.astype(op.dtype)) if save_gate_up else ()
     # Without the barrier XLA keeps gate and up in memory and computes h inside the down projection.
     return lax.optimization_barrier(h_BF), *saved
 
 
 def down(op: Op, params: MLPParams, h_BF: Array) -> Array:
     """y = h W_down + b_down, in the compute dtype."""
-    return residual_stream(op, _project(op, op.stored, h_BF, params.down_proj, params.down_bias).astype(op.dtype))
+    return residual_stream(op, _project(op, op.between, h_BF, params.down_proj, params.down_bias).astype(op.dtype))
 
 
 def dropout_mask(op: Op, params: MLPParams, x_BD: Array, dropout_key: Array | None) -> Array | None:
@@ -104,10 +109,10 @@ def _hidden_gradients(op, params, x_BD, mask_BF, saved, dy_BD):
     """h and the gradients of gate and up, in the compute dtype."""
     if saved and op.backend.hidden_backward is not None:
         return op.backend.hidden_backward(op, params, dy_BD.astype(op.dtype), *saved)
-    stored = op.wide if op.backend.float32_slices else op.stored
-    dh_BF = over_hidden(op, matmul(op, stored, dy_BD, params.down_proj, transpose=True))
-    # A 1 that XLA cannot fold and that depends on dh: otherwise XLA merges the recomputed gate and up with those of
-    # the forward pass and keeps them alive in an unrolled stack. CPUs may merge: there time matters more than memory.
+    between = op.wide if op.backend.float32_slices else op.between
+    dh_BF = over_hidden(op, matmul(op, between, dy_BD, params.down_proj, transpose=True))
+    # A 1 that depends on dh and that XLA cannot fold. Without it XLA merges the recomputed gate and up with those of
+    # the forward pass, and keeps them in memory in an unrolled stack. A CPU may merge them: there time matters more.
     one = jnp.ones((), op.dtype)
     if not op.on_cpu:
         one, dh_BF = lax.optimization_barrier((one, dh_BF))
@@ -115,8 +120,8 @@ def _hidden_gradients(op, params, x_BD, mask_BF, saved, dy_BD):
         gate_BF, up_BF = (a * one for a in saved)
     else:
         again_BD = _whole_length(op, x_BD.astype(op.dtype) * one)
-        gate_BF = _project(op, stored, again_BD, params.gate_proj, params.gate_bias)
-        up_BF = _project(op, stored, again_BD, params.up_proj, params.up_bias)
+        gate_BF = _project(op, between, again_BD, params.gate_proj, params.gate_bias)
+        up_BF = _project(op, between, again_BD, params.up_proj, params.up_bias)
     gate_BF, up_BF, dh_BF = (a.astype(op.wide) for a in (gate_BF, up_BF, dh_BF))
     activation = ACTIVATIONS[op.config.activation]
     h_BF = _dropped(op, activation.gated(gate_BF, up_BF), mask_BF)
@@ -131,8 +136,8 @@ def _dropped(op, array_BF, mask_BF):
 
 
 def _slice_size(op, x_BD, shard_F, saved):
-    """How much of each shard of F one slice of the backward pass takes: as many slices as there are token chunks, or
-    `backend.float32_slices` if that is more."""
+    """How much of each shard of F one slice of the backward pass takes, in multiples of LANES. There are as many slices
+    as chunks of tokens, or `backend.float32_slices` if that is more."""
     if saved and op.backend.weight_backward is not None:
         return shard_F
     size = op.config.chunk_size
@@ -190,12 +195,12 @@ def matmul(op: Op, result, a: Array, weight: Array, transpose: bool = False) -> 
 
 def outer(op: Op, a: Array, b: Array, result) -> Array:
     """a.T @ b, summed over all leading axes, in the dtype `result`."""
-    # Blocks would go across the shards of a mesh.
+    # Not with axis_rules: blocks of rows of D would cut across shards.
     if op.on_cpu and op.config.axis_rules is None and op.dtype == jnp.bfloat16 and math.prod(a.shape[:-1]) > 1:
         a, b = (array.reshape(-1, array.shape[-1]).astype(op.dtype) for array in (a, b))
         return cpu.outer_in_blocks(a, b, result, lambda a, b: _dot(op, jnp.float32, a, b, (1,), (0,)))
     tokens = tuple(range(a.ndim - 1))
-    # A CPU need not accumulate in float32 where the result is bfloat16.
+    # Asked for a result in bfloat16, a CPU may accumulate in bfloat16 too, so it is asked for float32.
     sums = widest(op.wide if op.on_cpu else op.dtype, result)
     return _dot(op, sums, a, b, tokens, tokens).astype(result)
 

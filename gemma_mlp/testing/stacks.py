@@ -9,8 +9,8 @@ import functools
 import jax
 
 from gemma_mlp.aot import compile_for
-from gemma_mlp.block import mlp
 from gemma_mlp.config import PRESETS
+from gemma_mlp.op.api import mlp
 from gemma_mlp.params import MLPParams
 
 MIB = 2**20

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import gemma_mlp
-from gemma_mlp.testing import oracle, samples
+from gemma_mlp.testing import oracle
 from gemma_mlp.testing.stacks import plain
 
 RESULTS = ("y", "dx", "gate_proj", "up_proj", "down_proj")
@@ -25,8 +25,14 @@ CONTESTANTS = {
 def measure(config: gemma_mlp.MLPConfig, tokens: int):
     """Yields a row for the floor and for each contestant. Only one contestant is in memory at a time."""
     rng = np.random.default_rng(0)
-    arrays = samples.mlp_arrays(rng, config.embed_dim, config.hidden_dim, use_bias=False)
-    x, dy = (samples.normal(rng, (tokens, config.embed_dim)) for _ in range(2))
+
+    def draw(*shape, scale=1.0):
+        return oracle.bfloat16(rng.standard_normal(shape) * scale)
+
+    D, F = config.embed_dim, config.hidden_dim
+    gate, up, down = draw(D, F, scale=D**-0.5), draw(D, F, scale=D**-0.5), draw(F, D, scale=F**-0.5)
+    arrays = {"gate_proj": gate, "up_proj": up, "down_proj": down}
+    x, dy = draw(tokens, D), draw(tokens, D)
     exact = exact_result(arrays, x, dy, oracle.exact)
 
     def row(name, result):
@@ -34,10 +40,14 @@ def measure(config: gemma_mlp.MLPConfig, tokens: int):
         return {"tokens": tokens, "layer": name, **errors}
 
     def run(function):
-        params = samples.mlp_params(arrays, "bfloat16")
-        compute = jax.jit(lambda params, x, dy: samples.value_and_pullback(function, params, x, dy))
-        y, dparams, dx = compute(params, jnp.asarray(x, "bfloat16"), dy)
-        return {"y": y, "dx": dx, **samples.mlp_leaves(dparams)}
+        @jax.jit
+        def compute(params, x, dy):
+            y, pull_back = jax.vjp(function, params, x)
+            return y, *pull_back(dy)
+
+        params = gemma_mlp.MLPParams(**{name: jnp.asarray(a, "bfloat16") for name, a in arrays.items()})
+        y, dparams, dx = compute(params, *(jnp.asarray(a, "bfloat16") for a in (x, dy)))
+        return {"y": y, "dx": dx} | {name: getattr(dparams, name) for name in arrays}
 
     yield row("floor", exact_result(arrays, x, dy, oracle.bfloat16))
     for name, function in CONTESTANTS.items():

@@ -101,7 +101,7 @@ def build(case: Case, mesh: Mesh) -> tuple[Callable, tuple[Any, ...], tuple[int,
     """
     config = case.config
     specs = MLPBlockParams.specs(config, LAYERS[case.preset])
-    shardings = sharding.named_shardings(specs, mesh, (*case.rules, ("layers", None)))
+    shardings = sharding.named_shardings(specs, mesh, case.rules)
     params = jax.tree.map(
         lambda place, spec: jax.ShapeDtypeStruct(spec.shape, config.param_dtype, sharding=place), shardings, specs
     )

@@ -11,8 +11,9 @@ import pytest
 from jax.extend.core import jaxprs_in_params
 
 from gemma_mlp import MLPConfig, MLPParams, feed_forward, mlp
-from gemma_mlp.testing import oracle, samples
+from gemma_mlp.testing import oracle
 from gemma_mlp.testing.oracle import relative_error
+from tests.support import samples
 from tests.support.cases import FLOAT32_BOUND, FLOOR_FACTOR, SAVES, case, errors, exact_result, floor_errors, run
 from tests.support.vary import vary
 

@@ -11,8 +11,8 @@ import pytest
 from gemma_mlp import MLPConfig, MLPParams, feed_forward
 from gemma_mlp.op import xla
 from gemma_mlp.op.backend import Op
-from gemma_mlp.testing import samples
 from gemma_mlp.testing.oracle import relative_error
+from tests.support import samples
 from tests.support.vary import vary
 
 BOUNDS = {"float32": 1e-6, "bfloat16": 2**-8 / 3**0.5}  # bfloat16's is one rounding of the result

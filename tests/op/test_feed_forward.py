@@ -11,9 +11,10 @@ import pytest
 
 from gemma_mlp import PRESETS, MLPConfig, MLPParams, feed_forward, hidden_activations
 from gemma_mlp.op import vjp
-from gemma_mlp.testing import oracle, samples
+from gemma_mlp.testing import oracle
 from gemma_mlp.testing.oracle import relative_error
 from gemma_mlp.testing.stacks import plain
+from tests.support import samples
 from tests.support.cases import (
     CASES,
     EMBED_DIM,

@@ -18,9 +18,9 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from gemma_mlp import ACTIVATIONS, MLPConfig, mlp_hidden
 from gemma_mlp.op import choose, gpu_kernels
-from gemma_mlp.testing import oracle, samples
+from gemma_mlp.testing import oracle
 from gemma_mlp.testing.oracle import relative_error
-from tests.support import cases
+from tests.support import cases, samples
 from tests.support.vary import first_is_quick
 
 INTERNAL = "jax._src.pallas.mosaic_gpu.interpret"
@@ -53,7 +53,7 @@ def run(arrays, x, activation, keep, **options):
     weights = (jnp.asarray(arrays[name], jnp.bfloat16) for name in ("gate_proj", "up_proj"))
     x = jnp.asarray(x, jnp.bfloat16)
     with interpreted(**options):
-        results = gpu_kernels.hidden(x, *weights, activation=activation, save=keep)
+        results = gpu_kernels.hidden(x, *weights, activation=activation, save_gate_up=keep)
     assert len(results) == (3 if keep else 1)
     return results
 
@@ -186,7 +186,7 @@ def test_any_number_of_tokens(T):
 def refusal(x, gate_proj, up_proj, dtype="bfloat16"):
     arrays = (jax.ShapeDtypeStruct(shape, dtype) for shape in (x, gate_proj, up_proj))
     with pytest.raises(ValueError, match=r"Got: .*\. Fix: ") as refused:
-        jax.eval_shape(lambda *args: gpu_kernels.hidden(*args, activation="gelu_tanh", save=False), *arrays)
+        jax.eval_shape(lambda *args: gpu_kernels.hidden(*args, activation="gelu_tanh", save_gate_up=False), *arrays)
     return str(refused.value)
 
 
@@ -243,5 +243,5 @@ def test_hopper_devices_are_served(kind):
     device = jax.sharding.AbstractDevice(device_kind=kind, num_cores=78, platform="gpu")
     args = (jax.ShapeDtypeStruct(shape, "bfloat16") for shape in ((64, 64), (64, 128), (64, 128)))
     with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((1,), ("chip",), abstract_device=device)):
-        (h,) = jax.eval_shape(lambda *args: gpu_kernels.hidden(*args, activation="silu", save=False), *args)
+        (h,) = jax.eval_shape(lambda *args: gpu_kernels.hidden(*args, activation="silu", save_gate_up=False), *args)
     assert h.shape == (64, 128)

@@ -18,8 +18,9 @@ from jax.experimental.pallas import tpu as pltpu
 
 from gemma_mlp import PRESETS, MLPConfig, MLPParams, feed_forward, mlp, mlp_hidden, sharding
 from gemma_mlp.op import choose, tpu_backward, tpu_blocks, tpu_forward
-from gemma_mlp.testing import oracle, samples
+from gemma_mlp.testing import oracle
 from gemma_mlp.testing.oracle import relative_error
+from tests.support import samples
 from tests.support.cases import FLOAT32_BOUND, errors, exact_result, floor_errors, run
 from tests.support.meshes import RULES, make_mesh, spread
 from tests.support.vary import first_is_quick, vary
@@ -241,12 +242,12 @@ def blocks_of(monkeypatch, module, version, cores, preset, tokens):
     chosen, choose = [], tpu_blocks.choose_blocks
     info = pltpu.get_tpu_info_for_chip(version, cores)
     monkeypatch.setattr(pltpu, "get_tpu_info", lambda: info)
-    monkeypatch.setattr(module, "choose_blocks", lambda *args: chosen.append(choose(*args)) or chosen[-1])
+    monkeypatch.setattr(tpu_blocks, "choose_blocks", lambda *args: chosen.append(choose(*args)) or chosen[-1])
     size = PRESETS[preset]
     shapes = (tokens, size.embed_dim), (size.embed_dim, size.hidden_dim), (size.hidden_dim, size.embed_dim)
     x, gate, down = (jax.ShapeDtypeStruct(shape, "bfloat16") for shape in shapes)
     backward = module is tpu_backward
-    options = {"activation": "gelu_tanh"} | ({} if backward else {"save": False})
+    options = {"activation": "gelu_tanh"} | ({} if backward else {"save_gate_up": False})
     kernel = functools.partial(module.fused_backward if backward else module.fused_forward, **options)
     jax.eval_shape(kernel, *([x, x] if backward else [x]), gate, gate, down)
     return tuple(chosen[0])

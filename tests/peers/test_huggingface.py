@@ -13,8 +13,8 @@ with contextlib.suppress(ModuleNotFoundError):  # then tests/conftest.py leaves 
 
 from gemma_mlp import MLPConfig, MLPParams, mlp, mlp_block, rms_norm
 from gemma_mlp.params import MLPBlockParams, RMSNormParams
-from gemma_mlp.testing import samples
 from gemma_mlp.testing.oracle import relative_error
+from tests.support import samples
 
 pytestmark = pytest.mark.needs_peers
 

@@ -7,7 +7,7 @@ import numpy as np
 
 import gemma_mlp
 from gemma_mlp import MLPBlockParams, MLPConfig, layouts
-from gemma_mlp.testing import samples
+from tests.support import samples
 
 D, F, LAYERS = 4, 6, 5
 CONFIG = MLPConfig(D, F)

@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from gemma_mlp import ACTIVATIONS, MLPConfig, MLPParams, feed_forward, mlp_block
-from gemma_mlp.testing import oracle, samples
+from gemma_mlp.testing import oracle
 from gemma_mlp.testing.oracle import relative_error
+from tests.support import samples
 
 EMBED_DIM, HIDDEN_DIM, NORM_EPS = 64, 256, 1e-6
 FLOAT32_BOUND = 1e-6  # 8.4 eps of float32; the largest error measured here is 5e-7

@@ -33,7 +33,7 @@ def compile_all():
     for kernel, T, D, F, activation in CASES:
         print(START, flush=True)
         if kernel == "hidden":
-            shapes, options, donated = ((T, D), (D, F), (D, F)), {"save": saves(T)}, ()
+            shapes, options, donated = ((T, D), (D, F), (D, F)), {"save_gate_up": saves(T)}, ()
         else:
             shapes, options, donated = ((T, D), (F, D), (T, F), (T, F)), {}, (2, 3)
         results = functools.partial(getattr(gpu_kernels, kernel), activation=activation, **options)
