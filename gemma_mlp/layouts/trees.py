@@ -1,6 +1,7 @@
 """Lossless conversions between our parameters and the trees of other libraries."""
 
 import functools
+import operator
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -9,15 +10,15 @@ import jax
 
 from gemma_mlp.checks import describe, require
 from gemma_mlp.layouts import arrays
-from gemma_mlp.layouts.layout import Layout, Stored
-from gemma_mlp.layouts.slots import count_layers, locate
-from gemma_mlp.params import LEAVES, MLPBlockParams, MLPParams, RMSNormParams
+from gemma_mlp.layouts.layout import Layout, Stored, count_layers, locate
+from gemma_mlp.params import LEAVES, MLPBlockParams, MLPParams, RMSNormParams, named_leaves
 
 
 def from_tree(tree: Any, layout: Layout) -> list[MLPBlockParams]:
     """The parameters of every layer, from a library's tree.
 
-    The numbers keep their bits and their dtypes, except that norms stored as 1 + w come as w in float32.
+    The numbers keep their bits and their dtypes, except that a norm stored as 1 + w comes as w in float32, or in
+    float64 if it is stored so.
 
     Args:
       tree: nested mappings and lists of NumPy or JAX arrays. It may hold other parameters too. With
@@ -99,13 +100,13 @@ def stack(layers: Sequence[MLPBlockParams]) -> MLPBlockParams:
 def unstack(params: MLPBlockParams) -> list[MLPBlockParams]:
     """The layers of a stack: the inverse of :func:`stack`."""
     count = params.pre_norm.scale.shape[0]
-    return [jax.tree.map(lambda leaf, i=i: arrays.apply(lambda leaf: leaf[i], leaf), params) for i in range(count)]
+    return [jax.tree.map(functools.partial(arrays.evaluate, operator.itemgetter(i)), params) for i in range(count)]
 
 
 def block_leaves(params: MLPBlockParams) -> dict[str, Any]:
     """The leaves of a layer by name: the inverse of :func:`make_params`. Biases are included."""
-    norms = {name: norm.scale for name in ("pre_norm", "post_norm") if (norm := getattr(params, name)) is not None}
-    return norms | {name: leaf for name, leaf in vars(params.mlp).items() if leaf is not None}
+    norms = {name: norm.scale for name, norm in named_leaves(params).items() if name != "mlp"}
+    return norms | named_leaves(params.mlp)
 
 
 def make_params(leaves: Mapping[str, Any]) -> MLPBlockParams:
