@@ -91,11 +91,10 @@ class Loop:
 def collectives(text: str) -> tuple[Collective, ...]:
     """The transfers between chips, in the order in which they run.
 
-    - An asynchronous transfer counts once, at its start.
-    - Both branches of a conditional count.
-    - Transfers in fusions that share a channel id count once, with the smallest number of runs: the TPU compiler splits
-      one transfer over several fusions, some of them inside a concurrent loop. Transfers outside of fusions all count,
-      although those that a program requests itself, in `jax.shard_map`, all have channel 1.
+    - An asynchronous transfer counts once, at its start. Both branches of a conditional count.
+    - Transfers in fusions count once for each channel id, with the smallest number of runs. The TPU compiler splits one
+      transfer over several fusions with the same channel id, some of them inside a concurrent loop.
+    - Transfers outside of fusions all count. (Those that a program requests in `jax.shard_map` all have channel 1.)
 
     Raises:
       ValueError: if the text has no ENTRY, or writes groups in a form that this module does not know.
@@ -255,7 +254,7 @@ def _groups(attributes: str) -> tuple[tuple[int, ...], ...]:
     if found := re.search(rf"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\({IOTA}\))? \{{([^}}]*)\}}", attributes):
         sizes = dict(re.findall(r"'([^']+)'=(\d+)", found[1]))
         chips = _iota(found[2] or ",".join(sizes.values()), found[3])
-        # Example: mesh['a'=2,'b'=8], device_ids=([16]) {'a','b':(2)4} has groups along all of a and a part of b.
+        # Example: replica_groups=mesh['a'=2,'b'=8], device_ids=([16]) {'a','b':(2)4}. A group spans a and 4 of b's 8.
         # Each axis is split into (outer, chosen, inner): a into (1, 2, 1), b into (2, 4, 1).
         factors = {name: (1, int(size), 1) for name, size in sizes.items()}
         for name, outer, size in re.findall(r"'([^']+)':\((\d+)\)(\d+)", found[4]):

@@ -162,10 +162,10 @@ def write_huggingface(
         no name for the activation.
     """
     model_type = "gemma2" if config.post_norm else "gemma"
-    names = {activation: name for name, activation in NAMES.items()}
+    activation = ACTIVATIONS[config.activation].huggingface
     require(
-        config.activation in names and (model_type, config.activation) != ("gemma", "gelu"),
-        f"The activation must be one that config.json can name: {', '.join(names)}, but not gelu in Gemma 1.",
+        activation is not None and (model_type, activation) != ("gemma", "gelu"),
+        f"The activation must be one that config.json can name: {', '.join(NAMES.values())}, but not gelu in Gemma 1.",
         config.activation,
         "write an Orbax checkpoint.",
     )
@@ -177,7 +177,7 @@ def write_huggingface(
         "hidden_size": config.embed_dim,
         "intermediate_size": config.hidden_dim,
         "num_hidden_layers": len(params),
-        "hidden_activation": names[config.activation],
+        "hidden_activation": activation,
         "rms_norm_eps": config.norm_eps,
     }
     safetensors_folder.create(Path(folder), tensors, settings, shard_bytes)

@@ -4,6 +4,7 @@ Besides the result, at most one tensor or part is in host memory. The loops `del
 that two are never in memory.
 """
 
+import dataclasses
 import functools
 import math
 import operator
@@ -37,7 +38,7 @@ class Source(NamedTuple):
     layout: Layout
     tensors: Mapping[str, Any]  # by name, with shape and dtype
     slots: Mapping[int, Mapping[str, Slot]]  # by layer and leaf
-    file: Callable[[str], Path]  # gives the file or the folder of a tensor
+    file: Callable[[str], Path]  # gives the file of a tensor, or the folder if its file is not known
 
     @classmethod
     def of(cls, layout: Layout, tensors: Mapping[str, Any], num_layers: int, layers: Sequence[int], file) -> "Source":
@@ -84,7 +85,7 @@ def load(source: Source, read: Read, *, dtype: Any, shardings: Any, stacked: boo
     Raises:
       ValueError: if a tensor is not finite, or a dtype or sharding is not possible.
     """
-    shapes = {leaf: source.layout.shape(axes, 0, 1) for leaf, axes in source.layout.leaves.items()}
+    shapes = source.layout.leaf_shapes
     result = (_Stack if stacked else _List)(len(source.slots), shapes, shardings)
     by_tensor: dict[str, list[tuple[int, Slot]]] = {}  # so that leaves of one tensor are read one after the other
     for position, slots in enumerate(source.slots.values()):
@@ -96,7 +97,7 @@ def load(source: Source, read: Read, *, dtype: Any, shardings: Any, stacked: boo
             target = compute_dtype(dtype or (accumulation_dtype(own) if slot.plus_one else own))
 
             def read_part(index, slot=slot, dtype=target):
-                return np.ascontiguousarray(read(slot, index), dtype)  # otherwise JAX keeps a contiguous copy, too
+                return np.ascontiguousarray(read(slot, index), dtype)  # otherwise JAX keeps a copy next to its array
 
             not_finite = result.add(position, slot.leaf, read_part)
             require_finite(f"{name} in {source.file(name)}", not_finite, math.prod(shapes[slot.leaf]))
@@ -130,7 +131,8 @@ def leaf_shardings(shardings: Any, shapes: Mapping[str, tuple[int, ...]]) -> dic
     return leaves
 
 
-class Part(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Part:
     """Some of a leaf, on one device."""
 
     index: Index

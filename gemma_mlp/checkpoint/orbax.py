@@ -36,9 +36,8 @@ def read_orbax(
 ) -> Any:
     """The block's parameters from an Orbax checkpoint. No other tensor is read.
 
-    Besides the result, the host needs at most half a tensor for checkpoints that :func:`write_orbax` wrote, because
-    their chunks are small. Orbax itself writes one chunk per device. Such checkpoints need up to two tensors, or less
-    than one if the result is on a CPU.
+    Besides the result, less than one tensor is in host memory if :func:`write_orbax` wrote the checkpoint. If Orbax
+    itself did, up to two are. This folder's README says why.
 
     Args:
       path: the folder that Orbax's checkpointers write. For a CheckpointManager, give the item inside a step.
@@ -88,12 +87,13 @@ def _source(path: Path, config: MLPConfig, layout: Layout | None, layers: Sequen
     try:
         with ocp.PyTreeCheckpointer() as checkpointer:
             metadata = checkpointer.metadata(path).item_metadata
-        assert metadata is not None
+        assert metadata is not None, "no metadata"
+        tree = metadata.tree  # shapes and dtypes in place of arrays
     except Exception as error:  # Orbax does not document which
         raise ValueError(
             f"{path} must be an Orbax checkpoint. Got: {error}. Fix: for a CheckpointManager, give the item in a step."
         ) from error
-    tensors = flatten(metadata.tree)  # shapes and dtypes in place of arrays
+    tensors = flatten(tree)
     layout = layout or detect(tensors, config)
     num_layers = count_layers(layout, tensors)
     return Source.of(layout, tensors, num_layers, choose_layers(num_layers, layers), lambda name: path)

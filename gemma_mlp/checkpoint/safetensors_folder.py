@@ -1,7 +1,7 @@
 """Folders of safetensors files, as Hugging Face writes them: one file, or several shards and an index.
 
-Every tensor of Hugging Face's is read and written here. Writes survive a crash (this folder's README says how). Orbax
-does its own crash-safe writes; checkpoint/orbax.py calls them.
+All reads and writes of these files are here. The writes are safe against a crash, as this folder's README says. Orbax
+does its own crash-safe writes, which checkpoint/orbax.py calls.
 """
 
 import json
@@ -168,9 +168,8 @@ def _shards(tensors: Mapping[str, Callable[[], Any]], shard_bytes: int) -> Itera
 def update(folder: Path, files: Mapping[str, Path], tensors: Mapping[str, Callable[[], Any]]) -> None:
     """Overwrites some tensors. Everything else stays as it is, byte for byte.
 
-    Each changed file is first written next to the old one. If only one changed, it is renamed over the old file. If
-    several did, they keep new names, and a new index is renamed over the old index. Whenever this is interrupted, the
-    folder holds the old checkpoint or the new one, and perhaps files that nothing names.
+    Whenever this is interrupted, the folder holds the old checkpoint or the new one, and perhaps files that nothing
+    names. This folder's README says in which order the files are written.
 
     Args:
       folder: a checkpoint.

@@ -73,22 +73,17 @@ class Layout:
         object.__setattr__(self, "stored", stored)
         leaves = [leaf for tensor in stored for leaf in tensor.leaves]
         require(
-            sorted(leaves) == sorted(self.leaves),
-            f"The layout must have a place for {', '.join(self.leaves)}.",
+            sorted(leaves) == sorted(self.leaf_shapes),
+            f"The layout must have a place for {', '.join(self.leaf_shapes)}.",
             f"places for {', '.join(leaves)}",
             "choose a layout of the same model family.",
         )
 
     @property
-    def leaves(self) -> dict[str, str]:
-        """The leaves of a layer and their axes."""
+    def leaf_shapes(self) -> dict[str, tuple[int, ...]]:
+        """The leaves of a layer and their shapes."""
         left_out = BIASES if self.config.post_norm else (*BIASES, "post_norm")
-        return {leaf: axes for leaf, axes in LEAVES.items() if leaf not in left_out}
-
-    @property
-    def stacks(self) -> bool:
-        """Whether one tensor holds many layers."""
-        return "L" in self.stored[0].axes[0]
+        return {leaf: self.shape(axes, 0, 1) for leaf, axes in LEAVES.items() if leaf not in left_out}
 
     def name(self, stored: Stored, layer: int) -> str:
         """The full name of the tensor that holds `stored` for layer number `layer`."""
@@ -139,8 +134,8 @@ class Slot:
 
 def count_layers(layout: Layout, tensors: Mapping[str, Any]) -> int:
     """The number of layers, at least 1. Stacked layers are counted by a shape, others by the tensors' names."""
-    if layout.stacks:
-        stored = layout.stored[0]
+    stored = layout.stored[0]
+    if "L" in stored.axes[0]:
         names = [layout.name(stored, layer) for layer in range(len(layout.groups))]
         shapes = [getattr(tensors.get(name), "shape", ()) for name in names]
         return max(1, sum(dict(zip(stored.axes[0], shape)).get("L", 0) for shape in shapes))
@@ -154,7 +149,7 @@ def locate(
     tensors: Mapping[str, Any],
     num_layers: int,
     layers: Sequence[int] | None = None,
-    where: Callable[[str], str] = lambda name: "the tree",
+    where: Callable[[str], Any] = lambda name: "the tree",
 ) -> list[dict[str, Slot]]:
     """The slot of every leaf of every layer. First it checks all names, shapes and dtypes.
 

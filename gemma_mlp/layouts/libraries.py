@@ -129,7 +129,7 @@ def maxtext(
         (D, 2, F). Index 0 of the axis 2 is gate.
       scanned: whether layers are stacked on axis 1 of every tensor, as MaxText's `param_scan_axis` says.
       groups: endings of the modules' names. Gemma 2 alternates between two kinds of layers: ("_local", "_global").
-      round_norms: True: round 1 + w to float32 where w cannot be recovered. False: refuse.
+      round_norms: True: round 1 + w where w cannot be recovered from it. False: refuse.
     """
     lead = "L" if scanned else ""
     return Layout(

@@ -55,11 +55,10 @@ def to_tree(layers: Sequence[MLPBlockParams], layout: Layout) -> dict[Any, Any]:
 def stored_tensors(layers: Mapping[int, MLPBlockParams], layout: Layout) -> dict[str, Callable[[], Any]]:
     """For each tensor of the layout, a function that makes it. Its errors are those of :func:`to_tree`."""
     leaves = {number: block_leaves(params) for number, params in layers.items()}
-    expected = {leaf: layout.shape(axes, 0, 1) for leaf, axes in layout.leaves.items()}
     for number, layer in leaves.items():
         require(
-            {leaf: tuple(array.shape) for leaf, array in layer.items()} == expected,
-            f"Every layer must have the shapes that the config says, {expected}.",
+            {leaf: tuple(array.shape) for leaf, array in layer.items()} == layout.leaf_shapes,
+            f"Every layer must have the shapes that the config says, {layout.leaf_shapes}.",
             f"{', '.join(f'{leaf} {describe(array)}' for leaf, array in layer.items())} in layer {number}",
             "check the config; unstack() makes a list of stacked layers.",
         )
@@ -127,10 +126,6 @@ def flatten(tree: Any, separator: str = "/") -> dict[str, Any]:
     leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
     names = [jax.tree_util.keystr(path, simple=True, separator=separator) for path, _ in leaves]
     twice = [name for name, count in Counter(names).items() if count > 1]
-    require(
-        not twice,
-        "Every tensor must have a name of its own.",
-        ", ".join(twice[:3]),
-        "pass one form of the tree, not two.",
-    )
+    rule, fix = "Every tensor must have a name of its own.", "pass one form of the tree, not two."
+    require(not twice, rule, ", ".join(twice[:3]), fix)
     return {name: leaf for name, (_, leaf) in zip(names, leaves)}
