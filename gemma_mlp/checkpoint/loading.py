@@ -174,7 +174,7 @@ class _List:
         shape, sharding = self._shapes[leaf], self._shardings[leaf]
         shards = [part.data for part in read_parts(read, shape, sharding)]
         self._layers[layer][leaf] = jax.make_array_from_single_device_arrays(shape, sharding, shards)
-        return int(count_not_finite(self._layers[layer][leaf]))
+        return count_not_finite(self._layers[layer][leaf])
 
     def params(self) -> list[MLPBlockParams]:
         return [make_params(layer) for layer in self._layers]
@@ -195,7 +195,7 @@ class _Stack:
             sharding = NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[1:]))
         for part in read_parts(read, self._shapes[leaf][1:], sharding, STACK_PARTS):
             self._write(layer, leaf, part)
-            not_finite += 0 if part.replica else int(count_not_finite(part.data))
+            not_finite += 0 if part.replica else count_not_finite(part.data)
             del part
         return not_finite
 
