@@ -18,7 +18,7 @@ def _all_finite(array):
 
 def count_not_finite(array: Any) -> int:
     """The number of infinities and NaNs in an array."""
-    # On a CPU, sum() takes four bytes of memory for each number, and all() takes one. So count only if there are any.
+    # On a CPU, sum() takes four bytes for each number, all() only one. So sum only if some are not finite.
     return 0 if _all_finite(array) else int((~jnp.isfinite(array)).sum())
 
 

@@ -46,6 +46,6 @@ def add_exactly(array: Any, number: int, name: str, rounding: bool) -> Any:
         lost == 0,
         f"{name} stores 1 + w, and w must come back from it exactly.",
         f"{lost} of {array.size} numbers that {wide} rounds",
-        "round_norms=True rounds the sum. The factor 1 + w that the block multiplies by stays the same.",
+        f"round_norms=True allows rounding to {wide}, in which the block computes 1 + w too.",
     )
     return shifted

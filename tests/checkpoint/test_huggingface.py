@@ -207,7 +207,7 @@ def test_an_update_cut_short_leaves_the_old_or_the_new(tmp_path, monkeypatch, sh
 
 
 @pytest.mark.parametrize("shards", [1, 3])
-def test_an_update_killed_right_after_its_replacement_is_the_new(tmp_path, monkeypatch, shards):
+def test_an_update_killed_right_after_the_rename_leaves_the_new(tmp_path, monkeypatch, shards):
     folder, new = write(tmp_path, arrays(), shards), arrays()[::-1]
     replace = os.replace
 
