@@ -120,8 +120,7 @@ def compile_for(
       compiler_options: options for XLA, such as {"xla_gpu_enable_triton_gemm": False}.
 
     Raises:
-      ValueError: if the target does not exist.
-      ImportError: if its compiler is not installed, has another version than JAX needs, or did not start.
+      ValueError, ImportError: as :func:`devices`.
       DoesNotFit: if the compiler says that the program needs more memory than a chip has. The TPU compilers say so;
         the GPU's does not, so compare :attr:`Compiled.total_bytes` with the chip's memory.
     """
@@ -135,7 +134,7 @@ def compile_for(
     args = jax.tree.map(abstract, args)
     meshes = [getattr(leaf.sharding, "mesh", None) for leaf in jax.tree.leaves(args)]
     meshes = [mesh for mesh in meshes if isinstance(mesh, jax.sharding.Mesh)]
-    # Kernels read the kind of device from the current mesh. If none is set, set the arguments' mesh while tracing.
+    # The kernels ask the current mesh which device it is, so set one: the arguments' mesh, unless the caller set one.
     no_mesh_is_set = meshes and jax.sharding.get_abstract_mesh().empty
     with jax.set_mesh(max(meshes, key=lambda mesh: mesh.size)) if no_mesh_is_set else contextlib.nullcontext():
         lowered = jax.jit(function, donate_argnums=donate_argnums).lower(*args)

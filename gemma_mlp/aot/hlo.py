@@ -1,6 +1,5 @@
 """Finds the transfers between chips in the HLO text of a compiled program: their kind, size, groups and frequency."""
 
-import dataclasses
 import functools
 import itertools
 import math
@@ -64,7 +63,7 @@ class Instruction:
 
     @functools.cached_property
     def operands(self) -> list[str]:
-        return [operand.split("%")[-1].strip() for operand in _split(self.rest[: _end(self.rest)])]
+        return [operand.split("%")[-1].strip() for operand in _split(self.rest)]
 
     def computation(self, attribute: str) -> str:
         """The name of the computation in `attribute`, for example the body of a loop."""
@@ -92,10 +91,10 @@ class Loop:
 def collectives(text: str) -> tuple[Collective, ...]:
     """The transfers between chips, in the order in which they run.
 
-    An asynchronous transfer counts once, at its start. Both branches of a conditional count. The TPU compiler may
-    split one transfer over several fusions, some of them inside a concurrent loop. These share a channel id and count
-    once, with the smallest number of runs. (All transfers that a program requests itself, in `jax.shard_map`, have
-    channel 1 but are in no fusion; each of them counts.)
+    - An asynchronous transfer counts once, at its start. Both branches of a conditional count.
+    - Transfers in fusions count once for each channel id, with the smallest number of runs. The TPU compiler splits one
+      transfer over several fusions with the same channel id, some of them inside a concurrent loop.
+    - Transfers outside of fusions all count. (Those that a program requests in `jax.shard_map` all have channel 1.)
 
     Raises:
       ValueError: if the text has no ENTRY, or writes groups in a form that this module does not know.
@@ -149,7 +148,10 @@ class _Program:
                 inside = in_fusion or instruction.opcode == "fusion"
                 for called in _called(instruction):
                     for channel, fused, each in self.transfers(called, times, loop, inside):
-                        yield channel, fused, _scattered(each, instruction) if called.startswith(SCATTER) else each
+                        if called.startswith(SCATTER):  # each chip keeps its shard of the sum
+                            size = _bytes(instruction.shape)
+                            each = Collective("reduce-scatter", size, each.groups, each.times)
+                        yield channel, fused, each
 
     # The CPU's and the GPU's compilers write known_trip_count next to a loop. The TPU compilers do not, so the next
     # three methods derive it from the start, the step and the bound of the loop's counter.
@@ -198,11 +200,6 @@ class _Program:
         if _index(self.computations[body], self.roots[body].operands[index]) != index:
             return None
         return self.constant(loop.computation, loop.initial(index), loop.outer)
-
-
-def _scattered(total: Collective, fusion: Instruction) -> Collective:
-    """The reduce-scatter that a fusion makes of an all-reduce: each chip keeps its shard of the sum."""
-    return dataclasses.replace(total, kind="reduce-scatter", bytes=_bytes(fusion.shape))
 
 
 def _origin(computation: Computation, name: str) -> str:
@@ -257,7 +254,8 @@ def _groups(attributes: str) -> tuple[tuple[int, ...], ...]:
     if found := re.search(rf"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\({IOTA}\))? \{{([^}}]*)\}}", attributes):
         sizes = dict(re.findall(r"'([^']+)'=(\d+)", found[1]))
         chips = _iota(found[2] or ",".join(sizes.values()), found[3])
-        # Split each axis into (outer, chosen, inner). 'axis':(2)4 chooses 4 after an outer 2; 'axis' chooses all of it.
+        # Example: replica_groups=mesh['a'=2,'b'=8], device_ids=([16]) {'a','b':(2)4}. A group spans a and 4 of b's 8.
+        # Each axis is split into (outer, chosen, inner): a into (1, 2, 1), b into (2, 4, 1).
         factors = {name: (1, int(size), 1) for name, size in sizes.items()}
         for name, outer, size in re.findall(r"'([^']+)':\((\d+)\)(\d+)", found[4]):
             factors[name] = int(outer), int(size), int(sizes[name]) // (int(outer) * int(size))
@@ -287,13 +285,8 @@ def _rows(array: np.ndarray) -> tuple[tuple[int, ...], ...]:
 
 
 def _split(text: str) -> list[str]:
-    """Splits `text` at the commas that are outside of all brackets."""
-    depth = itertools.accumulate((char in "([{") - (char in ")]}") for char in text)
-    cuts = [-1, *(at for at, (char, level) in enumerate(zip(text, depth)) if char == "," and level == 0), len(text)]
+    """Splits `text` at the commas outside of all brackets. It ends where it closes a bracket that it did not open."""
+    depth = list(itertools.accumulate((char in "([{") - (char in ")]}") for char in text))
+    end = next((at for at, level in enumerate(depth) if level < 0), len(text))
+    cuts = [-1, *(at for at in range(end) if text[at] == "," and depth[at] == 0), end]
     return [text[a + 1 : b].strip() for a, b in itertools.pairwise(cuts)]
-
-
-def _end(text: str) -> int:
-    """The position at which `text` closes a bracket that was opened before it."""
-    depth = itertools.accumulate((char == "(") - (char == ")") for char in text)
-    return next(at for at, level in enumerate(depth) if level < 0)

@@ -1,21 +1,17 @@
 """Reads, updates and writes the block's parameters in Hugging Face folders of Gemma 1, 2 and 3."""
 
-import dataclasses
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
-
 from gemma_mlp.activations import ACTIVATIONS, Activation
 from gemma_mlp.checkpoint import safetensors_folder
-from gemma_mlp.checkpoint.checks import require_finite_layers
+from gemma_mlp.checkpoint.finite import require_finite_layers
 from gemma_mlp.checkpoint.loading import Progress, Source, choose_layers, load
 from gemma_mlp.checks import describe, positive_int, require, require_choice
 from gemma_mlp.config import MLPConfig
 from gemma_mlp.layouts.libraries import huggingface
-from gemma_mlp.layouts.slots import Slot
 from gemma_mlp.layouts.trees import block_leaves, stored_tensors
 from gemma_mlp.params import MLPBlockParams
 
@@ -68,7 +64,7 @@ def read_config(folder: str | Path) -> Model:
 
 def huggingface_shapes(folder: str | Path) -> list[MLPBlockParams]:
     """The `jax.ShapeDtypeStruct`s of what :func:`read_huggingface` reads. All is checked except the values."""
-    return _open(Path(folder))[0].shapes()
+    return _source(Path(folder)).shapes()
 
 
 def read_huggingface(
@@ -100,19 +96,12 @@ def read_huggingface(
     Raises:
       ValueError: names the tensor, the file, what was expected and what was found.
     """
-    source, files = _open(Path(folder), layers)
-    return load(source, _Reader(files), dtype=dtype, shardings=shardings, stacked=stacked, progress=progress)
+    source = _source(Path(folder), layers)
 
+    def read(slot, index):
+        return safetensors_folder.read_slot(source.file(slot.tensor), slot, index)
 
-@dataclasses.dataclass(frozen=True)
-class _Reader:
-    files: Mapping[str, Path]  # of every tensor
-
-    def read(self, slot: Slot, index: tuple[slice, ...], dtype: Any) -> np.ndarray:
-        # Open the file for every part: all that was read of a mapped file stays in memory until the file is closed.
-        with safetensors_folder.opened(self.files[slot.tensor]) as file:
-            part = slot.read(file.get_slice(slot.tensor), index)
-        return np.ascontiguousarray(part, dtype)  # otherwise JAX keeps a contiguous copy next to its own array
+    return load(source, read, dtype=dtype, shardings=shardings, stacked=stacked, progress=progress)
 
 
 def update_huggingface(
@@ -131,7 +120,7 @@ def update_huggingface(
       ValueError: as for :func:`read_huggingface`, or if shapes or dtypes are not those of the file. Then nothing is
         written.
     """
-    source, files = _open(Path(folder), layers)
+    source = _source(Path(folder), layers)
     require(
         len(params) == len(source.slots),
         f"params must have parameters for {len(source.slots)} layers.",
@@ -145,12 +134,12 @@ def update_huggingface(
             name = source.slots[number][leaf].tensor
             require(
                 str(array.dtype) == source.tensors[name].dtype,
-                f"{name} must be {source.tensors[name].dtype}, as in {source.where(name)}.",
+                f"{name} must be {source.tensors[name].dtype}, as in {source.file(name)}.",
                 describe(array),
                 "cast the parameters: jax.tree.map(lambda leaf: leaf.astype(dtype), params).",
             )
     require_finite_layers(numbered)
-    safetensors_folder.update(Path(folder), files, tensors)
+    safetensors_folder.update(Path(folder), {name: source.file(name) for name in tensors}, tensors)
 
 
 def write_huggingface(
@@ -164,18 +153,19 @@ def write_huggingface(
 
     Args:
       folder: must not exist yet.
-      params: of every layer, all of one dtype.
+      params: of every layer. Each leaf keeps its dtype.
       config: of the block.
-      shard_bytes: the largest number of bytes of tensors in one file.
+      shard_bytes: a file holds at most this many bytes of tensors, unless it holds one tensor that is larger.
 
     Raises:
-      ValueError: if the folder exists, or shapes are not those of the config.
+      ValueError: if the folder exists, a shape is not that of the config, a number is not finite, or config.json has
+        no name for the activation.
     """
     model_type = "gemma2" if config.post_norm else "gemma"
-    names = {activation: name for name, activation in NAMES.items()}
+    activation = ACTIVATIONS[config.activation].huggingface
     require(
-        config.activation in names and (model_type, config.activation) != ("gemma", "gelu"),
-        f"The activation must be one that config.json can say: {', '.join(names)}, but not gelu in Gemma 1.",
+        activation is not None and (model_type, activation) != ("gemma", "gelu"),
+        f"The activation must be one that config.json can name: {', '.join(NAMES.values())}, but not gelu in Gemma 1.",
         config.activation,
         "write an Orbax checkpoint.",
     )
@@ -187,21 +177,21 @@ def write_huggingface(
         "hidden_size": config.embed_dim,
         "intermediate_size": config.hidden_dim,
         "num_hidden_layers": len(params),
-        "hidden_activation": names[config.activation],
+        "hidden_activation": activation,
         "rms_norm_eps": config.norm_eps,
     }
     safetensors_folder.create(Path(folder), tensors, settings, shard_bytes)
 
 
-def _open(folder: Path, layers: Sequence[int] | None = None) -> tuple[Source, Mapping[str, Path]]:
-    """Where the layers are, and the file of every tensor. Files that hold other layers only are not opened."""
+def _source(folder: Path, layers: Sequence[int] | None = None) -> Source:
+    """Where the layers are. It reads the headers of those files that hold them, and opens no other file."""
     config, num_layers = read_config(folder)
     files = safetensors_folder.list_files(folder)
     layout = huggingface(config, _prefix(files, folder))
     numbers = choose_layers(num_layers, layers)
     wanted = {layout.name(stored, number) for number in numbers for stored in layout.stored}
     tensors = safetensors_folder.read_headers(files, wanted)
-    return Source.of(layout, tensors, num_layers, numbers, lambda name: str(files.get(name, folder))), files
+    return Source.of(layout, tensors, num_layers, numbers, lambda name: files.get(name, folder))
 
 
 def _prefix(names: Iterable[str], folder: Path) -> str:

@@ -1,7 +1,7 @@
 """Loads layers onto devices: one tensor at a time, and into stacks one part of a tensor at a time.
 
-Besides the result, at most one tensor or part is in host memory. So no variable may hold a part while the next one is
-read: the loops delete it first.
+Besides the result, at most one tensor or part is in host memory. The loops `del` each part before reading the next, so
+that two are never in memory.
 """
 
 import dataclasses
@@ -10,32 +10,26 @@ import math
 import operator
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple, Protocol
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 
-from gemma_mlp.checkpoint.checks import count_not_finite, require_finite
+from gemma_mlp.checkpoint.finite import count_not_finite, require_finite
 from gemma_mlp.checks import describe, require
 from gemma_mlp.dtypes import accumulation_dtype, compute_dtype
-from gemma_mlp.layouts.layout import Layout
-from gemma_mlp.layouts.slots import Slot, locate
+from gemma_mlp.layouts.layout import Layout, Slot, locate
 from gemma_mlp.layouts.trees import block_leaves, make_params
 from gemma_mlp.params import MLPBlockParams
 
 ALIGNMENT = 64  # bytes: JAX uses NumPy memory on a CPU without a copy if it is aligned so (XLA's MinAlign)
 STACK_PARTS = 4  # parts in which a leaf is read into a stack
 Progress = Callable[[Sequence[str]], Iterable[str]]
-
-
-class Reader(Protocol):
-    """Reads the files of a checkpoint."""
-
-    def read(self, slot: Slot, index: tuple[slice, ...], dtype: Any) -> np.ndarray:
-        """The part of a leaf that `index` selects, cast to `dtype`."""
-        ...
+Index = tuple[slice, ...]  # in a leaf
+Read = Callable[[Slot, Index], np.ndarray]
 
 
 class Source(NamedTuple):
@@ -44,12 +38,12 @@ class Source(NamedTuple):
     layout: Layout
     tensors: Mapping[str, Any]  # by name, with shape and dtype
     slots: Mapping[int, Mapping[str, Slot]]  # by layer and leaf
-    where: Callable[[str], str]  # gives the file of a tensor
+    file: Callable[[str], Path]  # gives the file of a tensor, or the folder if its file is not known
 
     @classmethod
-    def of(cls, layout: Layout, tensors: Mapping[str, Any], num_layers: int, layers: Sequence[int], where) -> "Source":
-        """Raises the errors of :func:`gemma_mlp.layouts.slots.locate`."""
-        return cls(layout, tensors, dict(zip(layers, locate(layout, tensors, num_layers, layers, where))), where)
+    def of(cls, layout: Layout, tensors: Mapping[str, Any], num_layers: int, layers: Sequence[int], file) -> "Source":
+        """Raises the errors of :func:`gemma_mlp.layouts.layout.locate`."""
+        return cls(layout, tensors, dict(zip(layers, locate(layout, tensors, num_layers, layers, file))), file)
 
     def shapes(self) -> list[MLPBlockParams]:
         """The layers as `jax.ShapeDtypeStruct`s."""
@@ -77,14 +71,12 @@ def choose_layers(num_layers: int, layers: Sequence[int] | None) -> Sequence[int
     return numbers
 
 
-def load(
-    source: Source, reader: Reader, *, dtype: Any, shardings: Any, stacked: bool, progress: Progress | None
-) -> Any:
+def load(source: Source, read: Read, *, dtype: Any, shardings: Any, stacked: bool, progress: Progress | None) -> Any:
     """A list of layers, or one stack of them.
 
     Args:
       source: where the layers are.
-      reader: reads their files.
+      read: takes a slot and an index. It reads the part of that leaf that the index selects.
       dtype: to cast to; None: the dtype of the tensors.
       shardings: None, a device, or an `MLPBlockParams` of shardings (of stacked leaves if `stacked`).
       stacked: whether to stack the layers.
@@ -93,7 +85,7 @@ def load(
     Raises:
       ValueError: if a tensor is not finite, or a dtype or sharding is not possible.
     """
-    shapes = {leaf: source.layout.shape(axes, 0, 1) for leaf, axes in source.layout.leaves.items()}
+    shapes = source.layout.leaf_shapes
     result = (_Stack if stacked else _List)(len(source.slots), shapes, shardings)
     by_tensor: dict[str, list[tuple[int, Slot]]] = {}  # so that leaves of one tensor are read one after the other
     for position, slots in enumerate(source.slots.values()):
@@ -103,9 +95,12 @@ def load(
         for position, slot in by_tensor[name]:
             own = source.tensors[name].dtype
             target = compute_dtype(dtype or (accumulation_dtype(own) if slot.plus_one else own))
-            read = functools.partial(reader.read, slot, dtype=target)
-            not_finite = result.add(position, slot.leaf, read)
-            require_finite(f"{name} in {source.where(name)}", not_finite, math.prod(shapes[slot.leaf]))
+
+            def read_part(index, slot=slot, dtype=target):
+                return np.ascontiguousarray(read(slot, index), dtype)  # otherwise JAX keeps a copy next to its array
+
+            not_finite = result.add(position, slot.leaf, read_part)
+            require_finite(f"{name} in {source.file(name)}", not_finite, math.prod(shapes[slot.leaf]))
     return result.params()
 
 
@@ -140,18 +135,18 @@ def leaf_shardings(shardings: Any, shapes: Mapping[str, tuple[int, ...]]) -> dic
 class Part:
     """Some of a leaf, on one device."""
 
-    index: tuple[slice, ...]  # in the leaf
+    index: Index
     data: jax.Array
     device: Any
-    replica: int  # the same part may be on several devices; 0 on one of them
+    replica: int  # if several devices hold this part: 0 on the first, 1 on the second, ...
 
 
 def read_parts(
-    read: Callable[[tuple[slice, ...]], np.ndarray], shape: tuple[int, ...], sharding: Any, count: int = 1
+    read: Callable[[Index], np.ndarray], shape: tuple[int, ...], sharding: Any, count: int = 1
 ) -> Iterator[Part]:
-    """Reads an array and puts it onto devices, one part after the other. What several devices hold is read once.
+    """Reads an array part by part. Each part is read once and put onto all devices that hold it.
 
-    A part covers at most 1 / `count` of the last axis. A Hugging Face file has that axis first, so that a part of it
+    A part covers at most 1 / `count` of the last axis. That axis is the first one in Hugging Face's files, so a part
     is contiguous there.
     """
     holders: dict[tuple, list[Any]] = defaultdict(list)
@@ -174,7 +169,7 @@ class _List:
         self._shapes, self._shardings = shapes, leaf_shardings(shardings, shapes)
         self._layers: list[dict[str, jax.Array]] = [{} for _ in range(num_layers)]
 
-    def add(self, layer: int, leaf: str, read: Callable[[tuple[slice, ...]], np.ndarray]) -> int:
+    def add(self, layer: int, leaf: str, read: Callable[[Index], np.ndarray]) -> int:
         """Takes one leaf. Returns how many of its numbers are not finite."""
         shape, sharding = self._shapes[leaf], self._shardings[leaf]
         shards = [part.data for part in read_parts(read, shape, sharding)]
@@ -193,7 +188,7 @@ class _Stack:
         self._shardings = leaf_shardings(shardings, self._shapes)
         self._stacks: dict[str, dict[Any, jax.Array | np.ndarray]] = defaultdict(dict)  # by leaf and device
 
-    def add(self, layer: int, leaf: str, read: Callable[[tuple[slice, ...]], np.ndarray]) -> int:
+    def add(self, layer: int, leaf: str, read: Callable[[Index], np.ndarray]) -> int:
         """Takes one leaf. Returns how many of its numbers are not finite."""
         sharding, not_finite = self._shardings[leaf], 0
         if isinstance(sharding, NamedSharding):  # that of one layer
@@ -205,14 +200,19 @@ class _Stack:
         return not_finite
 
     def _write(self, layer: int, leaf: str, part: Part) -> None:
-        """Writes a part into the shard of the stack that its device holds, unless another device has this layer."""
+        """Writes a part into its device's shard of the stack, unless the layer lies in another device's shard."""
         shape, sharding, stacks = self._shapes[leaf], self._shardings[leaf], self._stacks[leaf]
         if part.device not in stacks:
             stacks[part.device] = _new_stack(sharding.shard_shape(shape), part.data.dtype, part.device)
+        stack = stacks[part.device]
         held = sharding.addressable_devices_indices_map(shape)[part.device]
         start = [(to.start or 0) - (own.start or 0) for to, own in zip((slice(layer, None), *part.index), held)]
-        if start[0] in range(len(stacks[part.device])):
-            stacks[part.device] = _overwrite(stacks[part.device], part.data, start)
+        if start[0] not in range(len(stack)):
+            return
+        if isinstance(stack, np.ndarray):
+            stack[tuple(slice(at, at + size) for at, size in zip(start, (1, *part.data.shape)))] = part.data
+        else:
+            stacks[part.device] = jax.block_until_ready(_overwrite(stack, part.data, start))
 
     def params(self) -> MLPBlockParams:
         stacks = {}
@@ -226,8 +226,8 @@ class _Stack:
 def _new_stack(shape: tuple[int, ...], dtype: Any, device: Any) -> jax.Array | np.ndarray:
     """Zeros on a device. For a CPU they are NumPy's, in memory that JAX can use without a copy.
 
-    NumPy's zeros take no memory before they are written. With JAX's zeros, the whole stack would take memory from the
-    start, and a file of Orbax with one chunk for each tensor would need twice as much besides the result.
+    NumPy's zeros take no memory until they are written. JAX's zeros take the memory of the whole stack at once. With
+    them, reading an Orbax checkpoint that has one chunk for each tensor would need twice as much besides the result.
     """
     if device.platform != "cpu":
         return jnp.zeros(shape, dtype, device=device)
@@ -237,15 +237,7 @@ def _new_stack(shape: tuple[int, ...], dtype: Any, device: Any) -> jax.Array | n
     return memory[start : start + size].view(dtype).reshape(shape)
 
 
-def _overwrite(stack: Any, part: jax.Array, start: Sequence[int]) -> Any:
-    """`stack` with a part of one layer written into it at `start`, in place."""
-    if not isinstance(stack, np.ndarray):
-        return jax.block_until_ready(_update(stack, part, start))
-    at = tuple(slice(first, first + size) for first, size in zip(start, (1, *part.shape)))
-    stack[at] = part
-    return stack
-
-
 @functools.partial(jax.jit, donate_argnums=0)
-def _update(stack, part, start):
-    return jax.lax.dynamic_update_slice(stack, part[None], start)  # unlike stack.at[...].set, this works in place
+def _overwrite(stack, part, start):
+    """Writes a part of one layer into `stack` at `start`, in place. `stack.at[...].set` would copy the stack."""
+    return jax.lax.dynamic_update_slice(stack, part[None], start)

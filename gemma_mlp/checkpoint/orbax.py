@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +11,12 @@ import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore
 
-from gemma_mlp.checkpoint.checks import require_finite_layers, require_new
+from gemma_mlp.checkpoint.finite import require_finite_layers
 from gemma_mlp.checkpoint.loading import Progress, Source, choose_layers, load
+from gemma_mlp.checks import require
 from gemma_mlp.config import MLPConfig
-from gemma_mlp.layouts.layout import Layout
+from gemma_mlp.layouts.layout import Layout, count_layers
 from gemma_mlp.layouts.libraries import detect
-from gemma_mlp.layouts.slots import Slot, count_layers
 from gemma_mlp.layouts.trees import flatten, to_tree
 from gemma_mlp.params import MLPBlockParams
 
@@ -36,9 +36,8 @@ def read_orbax(
 ) -> Any:
     """The block's parameters from an Orbax checkpoint. No other tensor is read.
 
-    Besides the result, the host needs at most half a tensor for checkpoints that :func:`write_orbax` wrote, because
-    their chunks are small. Orbax itself writes one chunk per device. Such checkpoints need up to two tensors, or less
-    than one if the result is on a CPU.
+    Besides the result, less than one tensor is in host memory if :func:`write_orbax` wrote the checkpoint. If Orbax
+    itself did, up to two are. This folder's README says why.
 
     Args:
       path: the folder that Orbax's checkpointers write. For a CheckpointManager, give the item inside a step.
@@ -53,14 +52,19 @@ def read_orbax(
       ValueError: as :func:`read_huggingface`.
     """
     path = Path(path).absolute()
-    source = _open(path, config, layout, layers)
-    reader = _Reader(path, source.tensors)
-    return load(source, reader, dtype=dtype, shardings=shardings, stacked=stacked, progress=progress)
+    source = _source(path, config, layout, layers)
+    # Leaves of one tensor are read one after the other.
+    tensor = functools.lru_cache(1)(lambda name: _Tensor(path, name, source.tensors[name]))
+
+    def read(slot, index):
+        return slot.read(tensor(slot.tensor), index)
+
+    return load(source, read, dtype=dtype, shardings=shardings, stacked=stacked, progress=progress)
 
 
 def orbax_shapes(path: str | Path, config: MLPConfig, *, layout: Layout | None = None) -> list[MLPBlockParams]:
     """The `jax.ShapeDtypeStruct`s of what :func:`read_orbax` reads. All is checked except the values."""
-    return _open(Path(path).absolute(), config, layout).shapes()
+    return _source(Path(path).absolute(), config, layout).shapes()
 
 
 def write_orbax(path: str | Path, params: Sequence[MLPBlockParams], layout: Layout) -> None:
@@ -70,7 +74,7 @@ def write_orbax(path: str | Path, params: Sequence[MLPBlockParams], layout: Layo
       ValueError: if the path exists, a number is not finite, or :func:`gemma_mlp.layouts.to_tree` raises it.
     """
     path = Path(path).absolute()
-    require_new(path)
+    require(not path.exists(), "A checkpoint must be written to a new folder.", f"{path}, which exists", "use another.")
     require_finite_layers(dict(enumerate(params)))
     tree = to_tree(params, layout)
     chunked = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES), tree)
@@ -78,33 +82,21 @@ def write_orbax(path: str | Path, params: Sequence[MLPBlockParams], layout: Layo
         checkpointer.save(path, args=ocp.args.PyTreeSave(tree, save_args=chunked))
 
 
-def _open(path: Path, config: MLPConfig, layout: Layout | None, layers: Sequence[int] | None = None) -> Source:
-    tensors = flatten(_metadata(path))
-    layout = layout or detect(tensors, config)
-    num_layers = count_layers(layout, tensors)
-    return Source.of(layout, tensors, num_layers, choose_layers(num_layers, layers), lambda name: str(path))
-
-
-def _metadata(path: Path) -> Any:
-    """The checkpoint's tree, with shapes and dtypes in place of arrays."""
+def _source(path: Path, config: MLPConfig, layout: Layout | None, layers: Sequence[int] | None = None) -> Source:
+    """Where the layers are."""
     try:
         with ocp.PyTreeCheckpointer() as checkpointer:
             metadata = checkpointer.metadata(path).item_metadata
-        assert metadata is not None
-        return metadata.tree
+        assert metadata is not None, "no metadata"
+        tree = metadata.tree  # shapes and dtypes in place of arrays
     except Exception as error:  # Orbax does not document which
         raise ValueError(
             f"{path} must be an Orbax checkpoint. Got: {error}. Fix: for a CheckpointManager, give the item in a step."
         ) from error
-
-
-class _Reader:
-    def __init__(self, path: Path, tensors: Mapping[str, Any]):
-        # Leaves of one tensor are read one after the other.
-        self._open = functools.lru_cache(1)(lambda name: _Tensor(path, name, tensors[name]))
-
-    def read(self, slot: Slot, index: tuple[slice, ...], dtype: Any) -> np.ndarray:
-        return np.ascontiguousarray(slot.read(self._open(slot.tensor), index), dtype)
+    tensors = flatten(tree)
+    layout = layout or detect(tensors, config)
+    num_layers = count_layers(layout, tensors)
+    return Source.of(layout, tensors, num_layers, choose_layers(num_layers, layers), lambda name: path)
 
 
 class _Tensor:

@@ -1,4 +1,8 @@
-"""Folders of safetensors files, as Hugging Face writes them: one file, or several shards and an index."""
+"""Folders of safetensors files, as Hugging Face writes them: one file, or several shards and an index.
+
+All reads and writes of these files are here. The writes are safe against a crash, as this folder's README says. Orbax
+does its own crash-safe writes, which checkpoint/orbax.py calls.
+"""
 
 import json
 import os
@@ -14,8 +18,8 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from gemma_mlp.checkpoint.checks import require_new
 from gemma_mlp.checks import require
+from gemma_mlp.layouts.layout import Slot
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 SHARD_BYTES = 5 * 10**9  # the size of Hugging Face's own shards
@@ -97,10 +101,9 @@ def opened(path: Path) -> Iterator[Any]:
 
 
 def read_headers(files: Mapping[str, Path], wanted: Container[str]) -> dict[str, Header | None]:
-    """The headers of all tensors in those files that hold a `wanted` one.
+    """The headers of all tensors in those files that hold a `wanted` one. No other file is opened.
 
-    Tensors in other files, which are not opened, have None. A tensor that is not in the file that the index names is
-    left out.
+    The result has None for tensors of unopened files. Tensors that the index misplaces are absent from it.
     """
     needed = {path for name, path in files.items() if name in wanted}
     headers: dict[str, Header | None] = {name: None for name, path in files.items() if path not in needed}
@@ -114,9 +117,17 @@ def read_headers(files: Mapping[str, Path], wanted: Container[str]) -> dict[str,
     return headers
 
 
+def read_slot(path: Path, slot: Slot, index: tuple[slice, ...]) -> np.ndarray:
+    """Reads a leaf, or the part of it that `index` selects, from the file that holds its tensor."""
+    with opened(path) as file:  # Reopen it for each part: pages of a mapped file count as memory until it is closed.
+        return slot.read(file.get_slice(slot.tensor), index)
+
+
 def create(folder: Path, tensors: Mapping[str, Callable[[], Any]], config: Mapping[str, Any], shard_bytes: int) -> None:
     """Writes a new folder of tensors, each made by its function, and a config.json. It appears whole or not at all."""
-    require_new(folder)
+    require(
+        not folder.exists(), "A checkpoint must be written to a new folder.", f"{folder}, which exists", "use another."
+    )
     partial = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}")
     partial.mkdir(parents=True)
     try:
@@ -133,9 +144,9 @@ def create(folder: Path, tensors: Mapping[str, Callable[[], Any]], config: Mappi
             weight_map = {tensor: name for shard, name in zip(shards, names) for tensor in shard}
             _write_json(partial / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
         _write_json(partial / "config.json", config)
-        for path in partial.iterdir():
+        for path in (*partial.iterdir(), partial):
             _sync(path)
-        partial.rename(folder)
+        os.replace(partial, folder)
         _sync(folder.parent)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
@@ -157,9 +168,8 @@ def _shards(tensors: Mapping[str, Callable[[], Any]], shard_bytes: int) -> Itera
 def update(folder: Path, files: Mapping[str, Path], tensors: Mapping[str, Callable[[], Any]]) -> None:
     """Overwrites some tensors. Everything else stays as it is, byte for byte.
 
-    Each changed file is first written next to the old one. If only one changed, it is renamed over the old file. If
-    several did, they keep new names, and a new index is renamed over the old index. Whenever this is interrupted, the
-    folder holds the old checkpoint or the new one, and perhaps files that nothing names.
+    Whenever this is interrupted, the folder holds the old checkpoint or the new one, and perhaps files that nothing
+    names. This folder's README says in which order the files are written.
 
     Args:
       folder: a checkpoint.
@@ -167,28 +177,33 @@ def update(folder: Path, files: Mapping[str, Path], tensors: Mapping[str, Callab
       tensors: functions that make the new arrays, by name. Shapes and dtypes must be those of the file.
     """
     changed = sorted({files[name] for name in tensors})
-    fresh = {path: path.with_name(f"{_stem(path)}-{uuid.uuid4().hex[:8]}.safetensors") for path in changed}
+    # An earlier update may have put eight digits behind the name. They are replaced, so that names do not grow.
+    stems = {path: re.sub(r"-[0-9a-f]{8}$", "", path.stem) for path in changed}
+    fresh = {path: path.with_name(f"{stem}-{uuid.uuid4().hex[:8]}.safetensors") for path, stem in stems.items()}
+    fresh_index = folder / f".{INDEX}.{uuid.uuid4().hex[:8]}"
     try:
         for path in changed:
             _rewrite(path, fresh[path], {name: tensors[name] for name in tensors if files[name] == path})
-        if len(changed) == 1:
-            os.replace(fresh[changed[0]], changed[0])
-        else:
+        if len(changed) > 1:
             index = read_json(folder / INDEX)
             index["weight_map"] = {
                 name: fresh[folder / file].name if folder / file in fresh else file
                 for name, file in index["weight_map"].items()
             }
-            partial = folder / f".{INDEX}.{uuid.uuid4().hex[:8]}"
-            _write_json(partial, index)
-            _sync(partial)
-            os.replace(partial, folder / INDEX)
+            _write_json(fresh_index, index)
+            _sync(fresh_index)
+        _sync(folder)
     except BaseException:
-        for path in fresh.values():
+        for path in (*fresh.values(), fresh_index):
             path.unlink(missing_ok=True)
         raise
-    _sync(folder)
-    if len(changed) > 1:
+    # The replacement is outside of `try`: once it is made, the folder names the fresh files, and they must stay.
+    if len(changed) == 1:
+        os.replace(fresh[changed[0]], changed[0])
+        _sync(folder)
+    else:
+        os.replace(fresh_index, folder / INDEX)
+        _sync(folder)
         for path in changed:
             path.unlink()
 
@@ -204,10 +219,6 @@ def _rewrite(path: Path, fresh: Path, tensors: Mapping[str, Any]) -> None:
             file.write(np.ascontiguousarray(array()).reshape(-1).view(np.uint8).data)
         file.flush()
         os.fsync(file.fileno())
-
-
-def _stem(path: Path) -> str:
-    return re.sub(r"-[0-9a-f]{8}$", "", path.stem)
 
 
 def _write_json(path: Path, value: Mapping[str, Any]) -> None:

@@ -11,8 +11,8 @@ from gemma_mlp.checks import require
 from gemma_mlp.dtypes import accumulation_dtype
 
 
-def apply(function: Callable, *arrays: Any) -> Any:
-    """`function(*arrays)`; for shapes, the shape of what it would return."""
+def evaluate(function: Callable, *arrays: Any) -> Any:
+    """`function(*arrays)`. If `arrays` are only shapes, the shape of what it would return."""
     if any(isinstance(array, jax.ShapeDtypeStruct) for array in arrays):
         return jax.eval_shape(function, *arrays)
     return function(*arrays)
@@ -20,21 +20,18 @@ def apply(function: Callable, *arrays: Any) -> Any:
 
 def stack(*arrays: Any) -> Any:
     """The arrays on a new first axis: a NumPy array if all are NumPy's, else a JAX array."""
-
-    def stacked(*arrays):
-        return (jnp if any(isinstance(array, jax.Array) for array in arrays) else np).stack(arrays)
-
-    return apply(stacked, *arrays)
+    library = np if all(isinstance(array, np.ndarray) for array in arrays) else jnp
+    return evaluate(lambda *arrays: library.stack(arrays), *arrays)
 
 
 def transpose(array: Any, axes: str, to: str) -> Any:
     """`array`, whose axes are the letters `axes`, with its axes in the order `to`."""
     order = tuple(axes.index(axis) for axis in to)
-    return array if axes == to else apply(lambda array: array.transpose(order), array)
+    return array if axes == to else evaluate(lambda array: array.transpose(order), array)
 
 
 def add_exactly(array: Any, number: int, name: str, rounding: bool) -> Any:
-    """`array + number` in float32, or in float64 if the array is. It makes w from 1 + w, or 1 + w from w.
+    """`array + number` in float32, or in float64 if the array is: add -1 to read w, +1 to store 1 + w.
 
     Raises:
       ValueError: names the stored tensor if the sum had to be rounded, unless `rounding` allows it.
@@ -49,6 +46,6 @@ def add_exactly(array: Any, number: int, name: str, rounding: bool) -> Any:
         lost == 0,
         f"{name} stores 1 + w, and w must come back from it exactly.",
         f"{lost} of {array.size} numbers that {wide} rounds",
-        "round_norms=True rounds 1 + w to float32, which is the factor that the block multiplies by.",
+        f"round_norms=True allows rounding to {wide}, in which the block computes 1 + w too.",
     )
     return shifted

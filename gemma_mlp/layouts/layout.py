@@ -1,16 +1,19 @@
-"""What a layout is: a table of the tensors in which a library stores the parameters of one layer.
+"""What a layout is, and where it places each leaf of each layer.
 
-Each row of the table gives a tensor's name, the leaves of ours that it holds, and its axes as letters. D and F are
-the sizes of the block, 2 is the axis that joins gate and up, and L is the axis of stacked layers.
+A layout is a table of the tensors in which a library stores one layer. Each row of it, a `Stored`, gives a tensor's
+name, the leaves of ours that it holds, and its axes as letters. D and F are the sizes of the block, 2 is the axis that
+joins gate and up, and L is the axis of stacked layers. A `Slot` is the place of one leaf of one layer.
 """
 
 import dataclasses
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from gemma_mlp.checks import require
+from gemma_mlp.checks import describe, require
 from gemma_mlp.config import MLPConfig
+from gemma_mlp.dtypes import DTYPES
+from gemma_mlp.layouts.arrays import add_exactly, evaluate, transpose
 from gemma_mlp.params import BIASES, LEAVES
 
 
@@ -23,7 +26,7 @@ class Stored:
       leaves: the leaves of ours that it holds. If its axes have a 2, there are two: index 0 is the first of them.
       axes: letters in the order of the tensor's axes, such as "FD". If a library has several orders, each is given,
         and the tensor's shape decides.
-      plus_one: whether a norm is stored as 1 + w instead of w. It is then in float32 or float64.
+      plus_one: whether a norm is stored as 1 + w instead of w. We write it in float32, or in float64 if w is.
     """
 
     name: str
@@ -38,14 +41,15 @@ class Layout:
 
     Attributes:
       config: the block's sizes, and whether it has a post-norm. It must not ask for biases: Gemma has none.
-      layer: the name of a layer. Its number goes where {layer}, {entry} or {group} is written.
+      layer: the name of a layer. {layer} stands for its number, {group} for the name of its group, {entry} for its
+        position within the group.
       stored: the tensors of a layer.
       modules: submodules of a layer that hold only this block's tensors. Any other tensor in them is an error.
       separator: stands between the parts of a name.
       keys: turns a tensor's full name into the dictionary keys that lead to it.
       groups: layers are dealt to groups in turn (Gemma 2: local, global, local, ...). Layer i is entry i // n of group
         i % n, where n is the number of groups.
-      round_norms: whether to round a norm whose w does not survive in 1 + w. Otherwise it is refused.
+      round_norms: True: round a norm whose w cannot be recovered from 1 + w. False: refuse it.
     """
 
     config: MLPConfig
@@ -69,22 +73,17 @@ class Layout:
         object.__setattr__(self, "stored", stored)
         leaves = [leaf for tensor in stored for leaf in tensor.leaves]
         require(
-            sorted(leaves) == sorted(self.leaves),
-            f"The layout must have a place for {', '.join(self.leaves)}.",
+            sorted(leaves) == sorted(self.leaf_shapes),
+            f"The layout must have a place for {', '.join(self.leaf_shapes)}.",
             f"places for {', '.join(leaves)}",
             "choose a layout of the same model family.",
         )
 
     @property
-    def leaves(self) -> dict[str, str]:
-        """The leaves of a layer and their axes."""
+    def leaf_shapes(self) -> dict[str, tuple[int, ...]]:
+        """The leaves of a layer and their shapes."""
         left_out = BIASES if self.config.post_norm else (*BIASES, "post_norm")
-        return {leaf: axes for leaf, axes in LEAVES.items() if leaf not in left_out}
-
-    @property
-    def stacks(self) -> bool:
-        """Whether one tensor holds many layers."""
-        return "L" in self.stored[0].axes[0]
+        return {leaf: self.shape(axes, 0, 1) for leaf, axes in LEAVES.items() if leaf not in left_out}
 
     def name(self, stored: Stored, layer: int) -> str:
         """The full name of the tensor that holds `stored` for layer number `layer`."""
@@ -99,7 +98,110 @@ class Layout:
         return tuple(sizes[axis] for axis in axes)
 
     def pattern(self) -> re.Pattern:
-        """Matches the name of any tensor in the block's modules. Its group `number` is the layer or the entry."""
+        """Matches the name of any tensor in the block's modules. match["number"] is the {layer} or the {entry}."""
         layer = re.sub(r"\\{(layer|entry)\\}", r"(?P<number>\\d+)", re.escape(self.layer)).replace(r"\{group\}", ".*?")
         modules = "|".join(re.escape(module).replace(r"\{group\}", ".*?") for module in self.modules)
         return re.compile(f"{layer}{re.escape(self.separator)}({modules})({re.escape(self.separator)}.*)?")
+
+
+@dataclasses.dataclass(frozen=True)
+class Slot:
+    """Where one leaf of one layer is stored.
+
+    Attributes:
+      tensor: the name of the tensor that holds it.
+      at: one entry for each axis of the tensor: an index for the axes L and 2, the letter itself for D and F.
+      leaf: its name in `LEAVES`.
+      layout: of the tensor.
+      plus_one: whether the tensor holds 1 + w.
+    """
+
+    tensor: str
+    at: tuple[int | str, ...]
+    leaf: str
+    layout: Layout
+    plus_one: bool
+
+    def read(self, tensor: Any, index: tuple[slice, ...] | None = None) -> Any:
+        """The leaf, or the part of it that `index` selects. `tensor` is anything that can be indexed."""
+        axes = LEAVES[self.leaf]
+        slices = dict(zip(axes, index or (slice(None),) * len(axes)))
+        stored_index = tuple(slices[at] if isinstance(at, str) else at for at in self.at)
+        part = evaluate(lambda tensor: tensor[stored_index], tensor)
+        part = transpose(part, "".join(at for at in self.at if isinstance(at, str)), axes)
+        return add_exactly(part, -1, self.tensor, self.layout.round_norms) if self.plus_one else part
+
+
+def count_layers(layout: Layout, tensors: Mapping[str, Any]) -> int:
+    """The number of layers, at least 1. Stacked layers are counted by a shape, others by the tensors' names."""
+    stored = layout.stored[0]
+    if "L" in stored.axes[0]:
+        names = [layout.name(stored, layer) for layer in range(len(layout.groups))]
+        shapes = [getattr(tensors.get(name), "shape", ()) for name in names]
+        return max(1, sum(dict(zip(stored.axes[0], shape)).get("L", 0) for shape in shapes))
+    pattern = layout.pattern()
+    numbers = [int(match["number"]) for name in tensors if (match := pattern.fullmatch(name))]
+    return (1 + max(numbers, default=0)) * len(layout.groups)
+
+
+def locate(
+    layout: Layout,
+    tensors: Mapping[str, Any],
+    num_layers: int,
+    layers: Sequence[int] | None = None,
+    where: Callable[[str], Any] = lambda name: "the tree",
+) -> list[dict[str, Slot]]:
+    """The slot of every leaf of every layer. First it checks all names, shapes and dtypes.
+
+    Args:
+      layout: of `tensors`.
+      tensors: anything with a shape and a dtype, by name. Tensors of layers that are not wanted may be None.
+      num_layers: of the model.
+      layers: the layers that are wanted; None: all.
+      where: gives the file of a tensor, for errors.
+
+    Raises:
+      ValueError: if a tensor is missing, superfluous, of a wrong shape or of a dtype that is not supported.
+    """
+    layers = range(num_layers) if layers is None else layers
+    wanted = {layout.name(stored, layer): (stored, layer) for layer in layers for stored in layout.stored}
+    for name, (stored, layer) in wanted.items():
+        shapes = [list(layout.shape(axes, layer, num_layers)) for axes in stored.axes]
+        rule = f"{name} in {where(name)} must be {' or '.join(map(str, shapes))} of {', '.join(DTYPES)}."
+        missing = f"no such tensor; {len(tensors)} tensors, such as {list(tensors)[:3]}"
+        require(name in tensors, rule, missing, "check the layout, its prefix and the file.")
+        received = describe(tensors[name])
+        fix = "check embed_dim, hidden_dim and the layout, which says what is transposed."
+        require(list(getattr(tensors[name], "shape", ())) in shapes, rule, received, fix)
+        fix = "convert it first; float16 and integers are refused."
+        require(str(tensors[name].dtype) in DTYPES, rule, received, fix)
+    known = {layout.name(stored, layer) for layer in range(num_layers) for stored in layout.stored}
+    pattern = layout.pattern()
+    for name in tensors:
+        require(
+            name in known or not pattern.fullmatch(name),
+            f"Modules must hold only {', '.join(stored.name for stored in layout.stored)}, in {num_layers} layers.",
+            f"{name} in {where(name)}",
+            "the checkpoint may be quantised, adapted or of another model: give the config and the layout that fit it.",
+        )
+    return [
+        {leaf: slot for stored in layout.stored for leaf, slot in _slots(layout, stored, layer, tensors, num_layers)}
+        for layer in layers
+    ]
+
+
+def _slots(
+    layout: Layout, stored: Stored, layer: int, tensors: Mapping[str, Any], num_layers: int
+) -> Iterator[tuple[str, Slot]]:
+    """Yields each leaf that `stored` holds for a layer, and its slot."""
+    name = layout.name(stored, layer)
+    fitting = [axes for axes in stored.axes if layout.shape(axes, layer, num_layers) == tuple(tensors[name].shape)]
+    require(
+        len(fitting) == 1,
+        f"The shape of {name} must decide its orientation.",
+        f"{describe(tensors[name])}, which may be {' or '.join(fitting)}",
+        "where D = F, choose the orientation when you make the layout.",
+    )
+    for place, leaf in enumerate(stored.leaves):
+        index = {"L": layer // len(layout.groups), "2": place}
+        yield leaf, Slot(name, tuple(index.get(axis, axis) for axis in fitting[0]), leaf, layout, stored.plus_one)

@@ -1,4 +1,7 @@
-"""The layouts of the libraries, one function for each, and `detect`, which tells a layout by its tensors' names."""
+"""The layouts of the libraries, one function for each, and `detect`, which tells a layout by its tensors' names.
+
+To add a library, follow "How to add a layout" in this folder's README: some steps lie outside of this file.
+"""
 
 import functools
 import inspect
@@ -122,11 +125,11 @@ def maxtext(
     Args:
       config: the block's sizes.
       prefix: stands before every name.
-      fused: whether gate and up are one tensor `wi`, (D, 2, F), instead of `wi_0` and `wi_1`. Index 0 is gate.
+      fused: whether gate and up are one tensor `wi` instead of `wi_0` and `wi_1`. It is (D, L, 2, F) if scanned, else
+        (D, 2, F). Index 0 of the axis 2 is gate.
       scanned: whether layers are stacked on axis 1 of every tensor, as MaxText's `param_scan_axis` says.
       groups: endings of the modules' names. Gemma 2 alternates between two kinds of layers: ("_local", "_global").
-      round_norms: whether to round 1 + w to float32 if w does not survive in it. That is the factor that the block
-        multiplies by. Otherwise such a norm is refused.
+      round_norms: True: round 1 + w where w cannot be recovered from it. False: refuse.
     """
     lead = "L" if scanned else ""
     return Layout(
@@ -198,7 +201,7 @@ def gemma_mlp(config: MLPConfig, prefix: str = "", *, stacked: bool = False) -> 
     )
 
 
-LAYOUTS: dict[str, Callable[..., Layout]] = {  # scripts/convert.py takes these names
+LAYOUTS: dict[str, Callable[..., Layout]] = {  # `detect` tries all of these; scripts/convert.py takes their names
     "huggingface": huggingface,
     "deepmind": deepmind,
     "deepmind_flat": deepmind_flat,
@@ -212,7 +215,7 @@ LAYOUTS: dict[str, Callable[..., Layout]] = {  # scripts/convert.py takes these 
     "gemma_mlp": gemma_mlp,
     "gemma_mlp_stacked": functools.partial(gemma_mlp, stacked=True),
 }
-WITHOUT_POST_NORM = {"t5x"}  # these can hold Gemma 1 only
+WITHOUT_POST_NORM = {"t5x"}  # these have no place for a post-norm, so they can hold Gemma 1 only
 
 
 def detect(names: Iterable[str], config: MLPConfig) -> Layout:
@@ -229,21 +232,22 @@ def detect(names: Iterable[str], config: MLPConfig) -> Layout:
     """
     names = list(names)
     types = re.findall(r"stacked_layers/attention_type_(\d+)/", "\n".join(names))
-    options = {  # what the names tell, for those layouts that take it
+    options = {  # arguments of layouts, as the names tell them
         "attention_types": 1 + max(map(int, types), default=0),
         "groups": ("_local", "_global") if any("/mlp_local/" in name for name in names) else ("",),
     }
     makers = {}
-    for name, make in LAYOUTS.items():
-        taken = options.keys() & inspect.signature(make).parameters
-        if not (config.post_norm and name in WITHOUT_POST_NORM):
-            makers[name] = functools.partial(make, **{key: options[key] for key in taken})
     found: Counter[tuple[str, str]] = Counter()
-    for layout_name, make in makers.items():
-        layout = make(config, "")
+    for layout_name, make in LAYOUTS.items():
+        if config.post_norm and layout_name in WITHOUT_POST_NORM:
+            continue
+        taken = options.keys() & inspect.signature(make).parameters
+        makers[layout_name] = functools.partial(make, **{key: options[key] for key in taken})
+        layout = makers[layout_name](config, "")
         for stored in layout.stored:
             suffix = layout.name(stored, 0)
-            found.update((layout_name, name.removesuffix(suffix)) for name in names if _ends(name, suffix))
+            prefixes = [name.removesuffix(suffix) for name in names if name.endswith(suffix)]
+            found.update((layout_name, prefix) for prefix in prefixes if prefix == "" or prefix[-1] in "/.")
     best = [key for key, count in found.items() if count == max(found.values())]
     require(
         len(best) == 1,
@@ -253,7 +257,3 @@ def detect(names: Iterable[str], config: MLPConfig) -> Layout:
     )
     layout_name, prefix = best[0]
     return makers[layout_name](config, prefix)
-
-
-def _ends(name: str, suffix: str) -> bool:
-    return name == suffix or (name.endswith(suffix) and name[-len(suffix) - 1] in "/.")

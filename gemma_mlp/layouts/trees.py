@@ -1,6 +1,7 @@
 """Lossless conversions between our parameters and the trees of other libraries."""
 
 import functools
+import operator
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -9,15 +10,15 @@ import jax
 
 from gemma_mlp.checks import describe, require
 from gemma_mlp.layouts import arrays
-from gemma_mlp.layouts.layout import Layout, Stored
-from gemma_mlp.layouts.slots import count_layers, locate
-from gemma_mlp.params import LEAVES, MLPBlockParams, MLPParams, RMSNormParams
+from gemma_mlp.layouts.layout import Layout, Stored, count_layers, locate
+from gemma_mlp.params import LEAVES, MLPBlockParams, MLPParams, RMSNormParams, named_leaves
 
 
 def from_tree(tree: Any, layout: Layout) -> list[MLPBlockParams]:
     """The parameters of every layer, from a library's tree.
 
-    The numbers keep their bits and their dtypes, except that norms stored as 1 + w come as w in float32.
+    The numbers keep their bits and their dtypes, except that a norm stored as 1 + w comes as w in float32, or in
+    float64 if it is stored so.
 
     Args:
       tree: nested mappings and lists of NumPy or JAX arrays. It may hold other parameters too. With
@@ -54,11 +55,10 @@ def to_tree(layers: Sequence[MLPBlockParams], layout: Layout) -> dict[Any, Any]:
 def stored_tensors(layers: Mapping[int, MLPBlockParams], layout: Layout) -> dict[str, Callable[[], Any]]:
     """For each tensor of the layout, a function that makes it. Its errors are those of :func:`to_tree`."""
     leaves = {number: block_leaves(params) for number, params in layers.items()}
-    expected = {leaf: layout.shape(axes, 0, 1) for leaf, axes in layout.leaves.items()}
     for number, layer in leaves.items():
         require(
-            {leaf: tuple(array.shape) for leaf, array in layer.items()} == expected,
-            f"Every layer must have the shapes that the config says, {expected}.",
+            {leaf: tuple(array.shape) for leaf, array in layer.items()} == layout.leaf_shapes,
+            f"Every layer must have the shapes that the config says, {layout.leaf_shapes}.",
             f"{', '.join(f'{leaf} {describe(array)}' for leaf, array in layer.items())} in layer {number}",
             "check the config; unstack() makes a list of stacked layers.",
         )
@@ -99,13 +99,13 @@ def stack(layers: Sequence[MLPBlockParams]) -> MLPBlockParams:
 def unstack(params: MLPBlockParams) -> list[MLPBlockParams]:
     """The layers of a stack: the inverse of :func:`stack`."""
     count = params.pre_norm.scale.shape[0]
-    return [jax.tree.map(lambda leaf, i=i: arrays.apply(lambda leaf: leaf[i], leaf), params) for i in range(count)]
+    return [jax.tree.map(functools.partial(arrays.evaluate, operator.itemgetter(i)), params) for i in range(count)]
 
 
 def block_leaves(params: MLPBlockParams) -> dict[str, Any]:
     """The leaves of a layer by name: the inverse of :func:`make_params`. Biases are included."""
-    norms = {name: norm.scale for name in ("pre_norm", "post_norm") if (norm := getattr(params, name)) is not None}
-    return norms | {name: leaf for name, leaf in vars(params.mlp).items() if leaf is not None}
+    norms = {name: norm.scale for name, norm in named_leaves(params).items() if name != "mlp"}
+    return norms | named_leaves(params.mlp)
 
 
 def make_params(leaves: Mapping[str, Any]) -> MLPBlockParams:
@@ -126,10 +126,6 @@ def flatten(tree: Any, separator: str = "/") -> dict[str, Any]:
     leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
     names = [jax.tree_util.keystr(path, simple=True, separator=separator) for path, _ in leaves]
     twice = [name for name, count in Counter(names).items() if count > 1]
-    require(
-        not twice,
-        "Every tensor must have a name of its own.",
-        ", ".join(twice[:3]),
-        "pass one form of the tree, not two.",
-    )
+    rule, fix = "Every tensor must have a name of its own.", "pass one form of the tree, not two."
+    require(not twice, rule, ", ".join(twice[:3]), fix)
     return {name: leaf for name, (_, leaf) in zip(names, leaves)}

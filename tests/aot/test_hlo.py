@@ -168,6 +168,10 @@ ACROSS = ((0, 4), (1, 5), (2, 6), (3, 7))
         ("replica_groups=mesh['a'=2,'b'=4] {'b':(2)2}", PAIRS),
         ("replica_groups=mesh['a'=2,'b'=4] {'b':(1)2}", ((0, 2), (1, 3), (4, 6), (5, 7))),
         ("replica_groups=mesh['a'=4,'b'=2], device_ids=([2,4]T(1,0)) {'b'}", ACROSS),
+        (
+            "replica_groups=mesh['a'=2,'b'=8], device_ids=([16]) {'a','b':(2)4}",
+            ((0, 1, 2, 3, 8, 9, 10, 11), (4, 5, 6, 7, 12, 13, 14, 15)),
+        ),
     ],
 )
 def test_groups_in_every_form(written, groups):

@@ -12,7 +12,7 @@ import safetensors.numpy
 
 from gemma_mlp import MLPConfig, checkpoint, layouts
 from gemma_mlp.checkpoint import loading, safetensors_folder
-from tests.support.by_hand import LAYERS, D, F, arrays, equal, huggingface, params
+from tests.support.by_hand import CONFIG, LAYERS, D, F, arrays, equal, huggingface, params
 from tests.support.huggingface_folder import SETTINGS, load, others, write
 
 
@@ -206,6 +206,37 @@ def test_an_update_cut_short_leaves_the_old_or_the_new(tmp_path, monkeypatch, sh
     assert equal(checkpoint.read_huggingface(folder), params(new))
 
 
+@pytest.mark.parametrize("shards", [1, 3])
+def test_an_update_killed_right_after_the_rename_leaves_the_new(tmp_path, monkeypatch, shards):
+    folder, new = write(tmp_path, arrays(), shards), arrays()[::-1]
+    replace = os.replace
+
+    def killed(*paths):
+        replace(*paths)
+        raise Killed
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(os, "replace", killed)
+        checkpoint.update_huggingface(folder, params(new))
+    assert equal(checkpoint.read_huggingface(folder), params(new))
+    files = safetensors_folder.list_files(folder)
+    assert equal({name: safetensors.numpy.load_file(files[name])[name] for name in others(LAYERS)}, others(LAYERS))
+
+
+def test_a_new_folder_is_on_the_disk_before_it_gets_its_name(tmp_path, monkeypatch):
+    """Its files and then the folder itself are flushed; it is renamed; the folder around it is flushed."""
+    calls = []  # numbers of inodes, which a renamed file keeps
+    fsync, replace = os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda file: (calls.append(os.fstat(file).st_ino), fsync(file)))
+    monkeypatch.setattr(os, "replace", lambda *paths: (calls.append("replace"), replace(*paths)))
+    folder = tmp_path / "new"
+    checkpoint.write_huggingface(folder, params(arrays()), CONFIG, shard_bytes=500)
+    inode = lambda path: path.stat().st_ino  # noqa: E731
+    assert len(list(folder.iterdir())) == 4  # config.json, the index and two shards
+    assert set(calls[:4]) == set(map(inode, folder.iterdir()))
+    assert calls[4:] == [inode(folder), "replace", inode(tmp_path)]
+
+
 def test_a_new_folder_cut_short_is_not_there(tmp_path, monkeypatch):
     for survived in range(100):
         folder, left = tmp_path / str(survived), [survived]
@@ -238,10 +269,23 @@ def test_a_new_folder(tmp_path, post_norm, shard_bytes):
         checkpoint.write_huggingface(tmp_path / "new", params(layers), config)
 
 
+def test_leaves_of_several_dtypes_keep_them(tmp_path):
+    layers = [layer | {"pre_norm": layer["pre_norm"].astype(np.float32)} for layer in arrays()]
+    checkpoint.write_huggingface(tmp_path / "new", params(layers), CONFIG)
+    assert equal(checkpoint.read_huggingface(tmp_path / "new"), params(layers))
+
+
+def test_a_tensor_larger_than_a_shard_has_a_file_of_its_own(tmp_path):
+    checkpoint.write_huggingface(tmp_path / "new", params(arrays()), CONFIG, shard_bytes=10)  # norms take 8 bytes
+    sizes = [len(safetensors.numpy.load_file(path)) for path in (tmp_path / "new").glob("*.safetensors")]
+    assert sizes == [1] * (5 * LAYERS)
+    assert equal(checkpoint.read_huggingface(tmp_path / "new"), params(arrays()))
+
+
 @pytest.mark.parametrize(
     "config", [MLPConfig(D, F, activation="gelu", post_norm=False), MLPConfig(D, F, activation="sigmoid")]
 )
 def test_a_config_that_config_json_cannot_say_is_refused(tmp_path, config):
-    with pytest.raises(ValueError, match=r"config\.json can say"):
+    with pytest.raises(ValueError, match=r"config\.json can name"):
         checkpoint.write_huggingface(tmp_path / "new", params(arrays(config)), config)
     assert not (tmp_path / "new").exists()

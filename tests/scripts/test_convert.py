@@ -8,6 +8,7 @@ from absl import flags
 from absl.testing import flagsaver
 
 from gemma_mlp import MLPConfig, checkpoint, layouts
+from gemma_mlp.layouts.libraries import WITHOUT_POST_NORM
 from tests.support.by_hand import CONFIG, GEMMA1, LAYERS, D, F, arrays, equal, huggingface, params
 from tests.support.huggingface_folder import load, others, write
 from tests.support.selection import slow_except
@@ -22,9 +23,7 @@ def run(*arguments):
         convert.main()
 
 
-ORBAX_LAYOUTS = [
-    name for name in layouts.LAYOUTS if name not in ("huggingface", "t5x")
-]  # Orbax layouts with a post-norm
+ORBAX_LAYOUTS = [name for name in layouts.LAYOUTS if name not in {"huggingface", *WITHOUT_POST_NORM}]
 
 
 @pytest.mark.parametrize("name", slow_except(["deepmind_stacked", "maxtext", "tunix"], ORBAX_LAYOUTS))
