@@ -57,16 +57,16 @@ def mlp(params, x, activation, stored=exact):
     return y, (gate, up, h)
 
 
-def mlp_gradients(params, x, dy, activation, stored=exact, kept=exact, weights=None):
+def mlp_gradients(params, x, dy, activation, stored=exact, saved=exact, weights=None):
     """(gradients of the parameters, gradient of x) for the cotangent `dy`.
 
-    `kept` is applied to the gate and up that the backward pass starts from, `weights` (by default `stored`) to the
+    `saved` is applied to the gate and up that the backward pass starts from, `weights` (by default `stored`) to the
     gradients of the parameters.
     """
     weights = weights or stored
     act, d_act = ACTIVATIONS[activation]
     _, (gate, up, _) = mlp(params, x, activation)
-    gate, up = kept(gate), kept(up)
+    gate, up = saved(gate), saved(up)
     h = stored(act(gate) * up)
     dh = dy @ params["down_proj"].T
     dgate, dup = stored(dh * up * d_act(gate)), stored(dh * act(gate))

@@ -22,13 +22,10 @@ from gemma_mlp.testing.stacks import (
     params,
     scanned,
 )
+from tests.support.vary import slow
 
 pytestmark = pytest.mark.needs_compilers
 V5E, V5P, V6E = "tpu v5e:2x2", "tpu v5p:2x2x1", "tpu v6e:2x2"
-
-
-def slow(*values):
-    return pytest.param(*values, marks=pytest.mark.slow)
 
 
 @pytest.mark.parametrize(

@@ -25,15 +25,12 @@ from gemma_mlp.testing.stacks import (
     params,
 )
 from tests.support.pods import POD, SEQUENCE, WEIGHT_SHARD, compile_layer, gathered_bytes, gradient_of_sum
+from tests.support.vary import slow
 
 pytestmark = pytest.mark.needs_compilers
 V5E, V5P, V6E = "tpu v5e:2x2", "tpu v5p:2x2x1", "tpu v6e:2x2"
 REPORT = "final_hlo-static-per-bundle-utilization"
 WITH_REPORT = {(V5E, "gemma2_27b"), (V6E, "gemma2_27b")}  # compiled once, by :func:`forward_with_report`
-
-
-def slow(*values):
-    return pytest.param(*values, marks=pytest.mark.slow)
 
 
 def kernels(size, save="input"):

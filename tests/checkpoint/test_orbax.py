@@ -27,7 +27,7 @@ from tests.support.by_hand import (
     layer_dicts,
     params,
 )
-from tests.support.selection import slow_except
+from tests.support.vary import slow_except
 
 ROOT = Path(__file__).parents[2]
 

@@ -33,7 +33,7 @@ from tests.support.by_hand import (
     maxtext,
     params,
 )
-from tests.support.selection import slow_except
+from tests.support.vary import slow_except
 
 MAKERS = {"numpy": np.asarray, "jax": jnp.asarray}
 CASES = slow_except(

@@ -11,7 +11,7 @@ from gemma_mlp import MLPConfig, checkpoint, layouts
 from gemma_mlp.layouts.libraries import WITHOUT_POST_NORM
 from tests.support.by_hand import CONFIG, GEMMA1, LAYERS, D, F, arrays, equal, huggingface, params
 from tests.support.huggingface_folder import load, others, write
-from tests.support.selection import slow_except
+from tests.support.vary import slow_except
 
 pytestmark = pytest.mark.promotes  # Orbax relies on promotion
 ORBAX = [f"--embed_dim={D}", f"--hidden_dim={F}"]

@@ -56,8 +56,8 @@ def exact_result(arrays, x, dy, activation, stored=oracle.exact, **roundings):
 
 def floor_errors(arrays, x, dy, activation, exact, save, **roundings):
     """The errors of exact arithmetic, except that each array that must be stored with `save` is rounded to bfloat16."""
-    kept = oracle.bfloat16 if save == "gate_up" else oracle.exact
-    y, dparams, dx = exact_result(arrays, x, dy, activation, oracle.bfloat16, kept=kept, **roundings)
+    saved = oracle.bfloat16 if save == "gate_up" else oracle.exact
+    y, dparams, dx = exact_result(arrays, x, dy, activation, oracle.bfloat16, saved=saved, **roundings)
     return errors((y, MLPParams(**dparams), dx), exact)
 
 

@@ -24,6 +24,16 @@ def first_is_quick(values):
     return [pytest.param(value, marks=pytest.mark.slow if i else ()) for i, value in enumerate(values)]
 
 
+def slow_except(quick, values):
+    """Marks all values as slow except those in `quick`."""
+    return [value if value in quick else slow(value) for value in values]
+
+
+def slow(*values):
+    """A case of `pytest.mark.parametrize` that is marked as slow."""
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
 def covering(rows, together):
     """The indices of a small subset of rows with each value of each column, and each pair of the columns `together`.
 
