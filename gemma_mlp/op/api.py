@@ -56,10 +56,10 @@ def feed_forward(
         seven of them float32; forward mode (`jax.jvp`, `jax.jacfwd`) works, and bfloat16 gradients are rounded in
         more places.
       chunk_size: for long contexts, how many positions along the second last axis of x (its length) to compute at once.
-        The forward pass then makes no array [*B, F], and the backward pass goes through F in as many slices. (What
-        `gate_up` and `autodiff` save is still saved, and TPU kernels need no chunks.) Only the order of float32 sums
-        changes. None: all positions; on a CPU, if no gradient is asked for and `save` is not `autodiff`, about 512
-        tokens at once, which is faster.
+        The forward pass then makes no array [*B, F] (except dropout's mask), and the backward pass goes through F in as
+        many slices. (What `gate_up` and `autodiff` save is still saved, and TPU kernels need no chunks.) Only the order
+        of float32 sums changes. None: all positions; on a CPU without a mesh, if no gradient is asked for and `save` is
+        not `autodiff`, about 512 tokens at once, which is faster.
       axis_rules: which axes of the mesh in force (`jax.set_mesh`) each logical axis is split over, such as
         `gemma_mlp.sharding.RULES`. The first axis of x is `batch`; of three or more, the second last is `length`. None,
         or no mesh: XLA decides.

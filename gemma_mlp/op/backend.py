@@ -1,7 +1,9 @@
 """What a feed-forward is traced with: the options of one call, and the kernels of the backend that computes it.
 
-To add a backend: a file with a value of `Backend`, its name in choose.py's `KERNELS` and error text, its floor in
-tests/test_house.py.
+To add a backend: a file with a value of `Backend`, whose functions get whole arrays and run kernels by
+`mesh.run_on_mesh`; its name in choose.py's `KERNELS` and error text, which tests/op/test_tpu.py matches (the other
+refusals there hold for all); its floor in tests/test_house.py; its tests in tests/op; the tables in this folder's
+README and `implementation` in the main README.
 """
 
 from collections.abc import Callable
@@ -21,9 +23,9 @@ class Backend(NamedTuple):
     are in `op.dtype` unless said otherwise. "Saved" gate and up are those of `save="gate_up"`.
 
     Attributes:
-      forward: (op, params, x, save_gate_up) -> (y,) or, to save them, (y, gate, up).
-      hidden: (op, params, x, save_gate_up) -> (h,) or, to save them, (h, gate, up). It is only asked to save them if
-        there is no `forward`.
+      forward: (op, params, x, save_gate_up) -> (y,), or (y, gate, up) if gate and up are saved.
+      hidden: (op, params, x, save_gate_up) -> (h,), or (h, gate, up) if gate and up are saved, which it is only asked
+        for if there is no `forward`.
       backward: (op, params, x, dy) -> (gradients of params in their dtypes, gradient of x in float32), from x alone.
       hidden_backward: (op, params, dy, gate, up) -> (h, dgate, dup), from saved gate and up.
       weight_backward: (op, params, dy, gate, up) -> (dgate, dup, gradient of down_proj), from saved gate and up, which
@@ -54,8 +56,8 @@ class Op(NamedTuple):
       dtype: the compute dtype.
       dropout_rate: 0 where dropout is off.
       backend: whose kernels run.
-      on_cpu: True once a CPU is chosen as the platform. False: another is, or none has been chosen yet. None: only
-        known when the program is lowered.
+      on_cpu: True inside the branch for a CPU, False elsewhere. None with `save="autodiff"`, which has no such branch:
+        there each matmul finds out when the program is lowered.
       round_between: whether gate, up and dh are rounded to `dtype` where they are stored between matmuls.
     """
 

@@ -31,7 +31,7 @@ def choose_backend(config: MLPConfig, params: MLPParams, dtype: Any, dropout_rat
         "to compile ahead of time for another platform, call jax.set_mesh with a mesh of its devices",
     )
     backend = KERNELS[platform]
-    _require(dtype != jnp.float64, "needs bfloat16 or float32", "float64")
+    _require(dtype != jnp.float64, "needs bfloat16 or, on a TPU, float32", "float64")
     lacking = f"activation {config.activation!r} on a {platform}"
     _require(config.activation not in backend.lacks, "needs an activation that its kernels have", lacking)
     _require(dropout_rate == 0, "has no dropout", f"dropout_rate {dropout_rate}")

@@ -1,4 +1,4 @@
-"""The forms of the block's matmuls that are fast on XLA's CPU backend.
+"""What is fast on XLA's CPU backend: the forms of the block's matmuls, and how many tokens to compute at once.
 
 For bfloat16 that backend has a fast path, which takes several rows at a time and sums over the last axis of the first
 operand. Matmuls that would miss it are brought into that form here. float32 is equally fast in any form.
@@ -43,12 +43,12 @@ def outer_in_blocks(a, b, result, multiply):
 def chunk_size(shape, dtype) -> int | None:
     """How many positions of x [*B, D] a CPU computes at once if the user did not say; None: all of them.
 
-    `vjp._forward` asks for it if the program is for a CPU and no gradient is wanted. On a mesh tokens stay whole, since
-    the mesh may have split them. Only the length is cut: with a batch of 600, a chunk has at least 600 tokens.
+    `vjp._forward` asks if the program is for a CPU, no gradient is wanted and `save` is not `autodiff`. On a mesh the
+    tokens stay whole, since it may have split them. Only the length is cut: a batch of 600 gives 600 tokens or more.
     """
     tokens = math.prod(shape[:-1])
     if tokens < CHUNK_TOKENS or mesh_to_split() is not None:
         return None
-    # In bfloat16 there are three arrays (gate and up in float32, and h), so at least two chunks are needed.
+    # 512 tokens of bfloat16 need gate and up in float32 besides h, so that they too are taken in two chunks.
     least = 2 if dtype == jnp.bfloat16 else 1
     return ceil_div(shape[-2], max(least, ceil_div(tokens, CHUNK_TOKENS)))

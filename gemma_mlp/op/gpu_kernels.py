@@ -52,7 +52,7 @@ def hidden(
     activation: Activation,
     save_gate_up: bool,
 ) -> tuple[BFloat16[Array, "T F"], ...]:
-    """(h,) or, to save them, (h, gate, up): h = activation(gate) * up, gate = x W_gate, up = x W_up.
+    """(h,), or (h, gate, up) if gate and up are saved: h = activation(gate) * up, gate = x W_gate, up = x W_up.
 
     It needs no memory beyond its results, except for a copy of x if there are more than 8 tokens and their number is
     not a multiple of 8.

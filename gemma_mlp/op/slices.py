@@ -1,4 +1,8 @@
-"""Loops over chunks of tokens and slices of F, on arrays that a mesh may split."""
+"""Loops over chunks of tokens and slices of F, on arrays that a mesh may split.
+
+`vjp._forward` loops over chunks of tokens with these; `xla.gradients` loops over slices of F, and `xla._slice_size`
+says how large they are.
+"""
 
 from typing import Any, NamedTuple
 

@@ -1,7 +1,7 @@
 """The forward pass for TPUs in one Pallas kernel, in which h is nowhere in memory; and a kernel for h alone.
 
-Every matmul takes operands in the compute dtype and accumulates in float32. Between the matmuls everything stays
-float32 in VMEM, so gate and up are never rounded. Weights are cast block by block as they arrive.
+Every matmul takes operands in the compute dtype and accumulates in float32. Gate and up stay float32 in VMEM until h is
+computed. Weights are cast block by block as they arrive.
 
 The grid goes through blocks of tokens. For each it goes through blocks of F, over which y is summed in VMEM while the
 rows of x stay there. If the last block of tokens is not full, it computes on whatever follows in memory: rows do not
@@ -38,7 +38,7 @@ def fused_forward(
     activation: Activation,
     save_gate_up: bool,
 ) -> tuple[Array, ...]:
-    """(y,) or, to save them, (y, gate, up), in the dtype of x: y = (activation(x W_gate) * (x W_up)) W_down [T, D].
+    """(y,), or (y, gate, up) if these are saved, in the dtype of x: y = (activation(x W_gate) * (x W_up)) W_down.
 
     It needs no memory except for its results.
     """

@@ -45,7 +45,10 @@ def _directly(op, function, *args):
 
 
 def _by_platform(op, function, *args):
-    """function(op, *args), told whether it is compiled for a CPU, which need not round between matmuls."""
+    """function(op, *args) in two branches, for a CPU and for other platforms. A CPU does not round between matmuls.
+
+    Kernels are for one platform and need no branches.
+    """
     if op.backend != XLA:
         return function(op, *args)
     on_cpu = functools.partial(function, op._replace(on_cpu=True, round_between=False))
@@ -76,7 +79,7 @@ _feed_forward.defvjp(_save_for_backward, _backward)
 
 
 def _forward(op, params, x_BD, dropout_key, *, call=_directly, save_gate_up=False):
-    """(y,) or, to save them, (y, gate, up). The functions for h and for y are called by `call`."""
+    """(y,), or (y, gate, up) if gate and up are saved. The functions for h and for y are called by `call`."""
     x_BD = xla.residual_stream(op, x_BD)
     if op.backend.forward is not None:
         y_BD, *gate_up = op.backend.forward(op, params, x_BD.astype(op.dtype), save_gate_up)

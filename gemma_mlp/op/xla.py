@@ -4,8 +4,8 @@ Every matmul takes operands in the compute dtype and accumulates in float32. Ele
 rounded once, where they are stored. The optimisation barriers decide what is in memory, the sharding constraints
 (`residual_stream`, `over_hidden`) what devices send to one another; tests/aot holds the compilers to both.
 
-`gradients` goes through F in slices where `chunk_size` asks for it. The chunks of tokens of the forward pass are in
-vjp.py. With `save="input"` the backward pass recomputes gate and up in `_hidden_gradients`.
+`gradients` goes through F in slices if `chunk_size` or `backend.float32_slices` ask for it. The chunks of tokens of
+the forward pass are in vjp.py. With `save="input"` the backward pass recomputes gate and up in `_hidden_gradients`.
 """
 
 import math
@@ -30,7 +30,7 @@ V5P = {"TPU v5", "TPU v5p"}  # the device kinds that JAX knows a v5p by
 def hidden(
     op: Op, params: MLPParams, x_BD: Array, mask_BF: Array | None, *, save_gate_up: bool = False
 ) -> tuple[Array, ...]:
-    """(h,) or, to save them, (h, gate, up), in the compute dtype. By XLA, or by the backend's kernel."""
+    """(h,), or (h, gate, up) if gate and up are saved, in the compute dtype. By XLA, or by the backend's kernel."""
     if op.backend.hidden is not None:
         return op.backend.hidden(op, params, x_BD.astype(op.dtype), save_gate_up)
     gate_BF = _project(op, op.between, x_BD, params.gate_proj, params.gate_bias)

@@ -16,8 +16,9 @@ import pytest
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from gemma_mlp import PRESETS, MLPConfig, MLPParams, feed_forward, mlp, mlp_hidden, sharding
+from gemma_mlp import ACTIVATIONS, PRESETS, MLPConfig, MLPParams, feed_forward, mlp, mlp_hidden, sharding
 from gemma_mlp.op import choose, tpu_backward, tpu_blocks, tpu_forward
+from gemma_mlp.op.tpu import TPU
 from gemma_mlp.testing import oracle
 from gemma_mlp.testing.oracle import relative_error
 from tests.support import samples
@@ -27,6 +28,7 @@ from tests.support.vary import first_is_quick, vary
 
 V5E, V5P, V6E = pltpu.ChipVersion.TPU_V5E, pltpu.ChipVersion.TPU_V5P, pltpu.ChipVersion.TPU_V6E
 EMBED_DIM, HIDDEN_DIM = 128, 512
+SERVED_ACTIVATIONS = [name for name in ACTIVATIONS if name not in TPU.lacks]
 FLOOR_FACTOR = 1.02
 
 
@@ -103,7 +105,7 @@ def test_bfloat16_is_at_the_floor(batch, save, chip):
 
 @vary(
     "activation save",
-    itertools.product(["gelu_tanh", "silu", "relu", "sigmoid", "identity"], ["input", "gate_up"]),
+    itertools.product(SERVED_ACTIVATIONS, ["input", "gate_up"]),
 )
 def test_float32_equals_the_oracle(activation, save, chip):
     arrays, x, dy = case((70,))

@@ -8,7 +8,7 @@ import json
 
 import jax
 
-from gemma_mlp import aot
+from gemma_mlp import ACTIVATIONS, aot
 
 SIZES = {"gemma2_2b": (2304, 9216), "gemma2_9b": (3584, 14336), "gemma2_27b": (4608, 36864)}
 KERNELS = ["hidden", "hidden_gradients"]
@@ -16,7 +16,7 @@ SERVED_TOKENS = (8192, 16, 1)
 SERVED = [(kernel, tokens, *SIZES[size]) for kernel in KERNELS for size in SIZES for tokens in SERVED_TOKENS]
 LARGE = [(kernel, 65536, *SIZES["gemma2_27b"]) for kernel in KERNELS]  # 2.4e9 elements in each result
 UNEVEN = [(kernel, 8190, *SIZES["gemma2_2b"], "gelu_tanh") for kernel in KERNELS]
-OTHER_ACTIVATIONS = ("gelu", "silu", "relu", "sigmoid", "identity")
+OTHER_ACTIVATIONS = [name for name in ACTIVATIONS if name != "gelu_tanh"]
 CASES = [(*case, "gelu_tanh") for case in SERVED + LARGE] + UNEVEN
 CASES += [(kernel, 128, 512, 256, activation) for kernel in KERNELS for activation in OTHER_ACTIVATIONS]
 START, END = "=== start", "=== end "
