@@ -106,7 +106,10 @@ def token_axis(ndim: int, axis: int) -> str | None:
 
 
 def constrain(array: jax.Array, last: str | None, rules: Rules | None) -> jax.Array:
-    """`array`, split over the mesh in force as :func:`activation_spec` says."""
+    """`array`, split over the mesh in force as :func:`activation_spec` says.
+
+    op/xla.py calls it for the residual stream and for the hidden activations.
+    """
     mesh = jax.sharding.get_abstract_mesh()
     if rules is None or mesh.empty:
         return array

@@ -1,6 +1,7 @@
 """The layouts of the libraries, one function for each, and `detect`, which tells a layout by its tensors' names.
 
-To add a library, follow "How to add a layout" in this folder's README: some steps lie outside of this file.
+Of two leaves in one tensor, the first has index 0 of the axis 2 (layout.py, `Stored`). To add a library, follow "How to
+add a layout" in this folder's README: some steps lie outside of this file.
 """
 
 import functools

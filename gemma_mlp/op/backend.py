@@ -2,8 +2,8 @@
 
 To add a backend: a file with a value of `Backend`, whose functions get whole arrays and run kernels by
 `mesh.run_on_mesh`; its name in choose.py's `KERNELS` and error text, which tests/op/test_tpu.py matches (the other
-refusals there hold for all); its floor in tests/test_house.py; its tests in tests/op; the tables in this folder's
-README and `implementation` in the main README.
+refusals there hold for all); its floor in tests/test_house.py; its tests in tests/op; the tables and what kernels
+serve in this folder's README, and `implementation` in the main README.
 """
 
 from collections.abc import Callable
