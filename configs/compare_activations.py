@@ -18,7 +18,7 @@ def get_config(size: str = "default") -> ml_collections.ConfigDict:
         "use one of these names.",
     )
     config = ml_collections.ConfigDict()
-    config.workdir = f"runs/compare-{size}"  # receives tables and figures; an interrupted study continues from it
+    config.workdir = f"runs/compare_activations-{size}"  # receives all files; a study continues from it
     config.sections = ("heldout", "gradient_flow", "expressiveness", "curvature", "approximation")
     config.contestants = (
         "geglu_tanh", "geglu_erf", "swiglu", "reglu", "glu", "bilinear", "gelu", "silu", "relu",

@@ -9,7 +9,7 @@ import ml_collections
 def get_config() -> ml_collections.ConfigDict:
     config = ml_collections.ConfigDict()
     config.api = "nnx"  # or "linen": the Flax API of the model
-    config.workdir = "runs/tiny-" + config.get_ref("api")  # receives the files; an interrupted run continues from it
+    config.workdir = "runs/train_toy-" + config.get_ref("api")  # receives all files; a run continues from it
     config.seed = 0  # draws the initial weights, the order of the data and the sample
 
     config.data = ""  # a text file or a folder of them; empty means the documentation in Python's pydoc_data/topics.py

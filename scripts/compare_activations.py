@@ -10,8 +10,8 @@ expressiveness (how well one feed-forward fits given functions), curvature (of t
 approximation (the tanh form of GELU against the erf form).
 
 It prints a table of each section. It writes runs.jsonl, tables.json, a figure of each section, and comparison.png with
-all figures to config.workdir, which is runs/compare-default by default. You can interrupt it at any time. The same
-command then continues after the last finished run and gives the same tables.
+all figures to config.workdir, which is runs/compare_activations-default by default. You can interrupt it at any time.
+The same command then continues after the last finished run and gives the same tables.
 
 scripts/compare_activations/README.md explains the study and has its results.
 """

@@ -6,8 +6,8 @@
     python scripts/train_toy.py --config.mesh="fsdp=2,tensor=2"           # on a machine with four devices
 
 It writes metrics.jsonl, TensorBoard events, loss.png, summary.json and checkpoints to config.workdir, which is
-runs/tiny-nnx by default. You can interrupt it at any time. The same command then continues from the last checkpoint,
-and its numbers are exactly those of an uninterrupted run.
+runs/train_toy-nnx by default. You can interrupt it at any time. The same command then continues from the last
+checkpoint, and its numbers are exactly those of an uninterrupted run.
 
 To train on several machines, start the same command once on each. All of them must see the same --config.workdir. In a
 cluster that JAX knows, add --distributed. Otherwise tell each process the address of process 0, the number of processes

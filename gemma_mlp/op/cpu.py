@@ -17,7 +17,7 @@ from gemma_mlp.op.slices import ceil_div, in_slices
 # block is ever in float32. Two are the fastest on JAX 0.10.2 and on 0.12; four were faster on 0.12 only.
 BLOCKS = 2
 # The allocator returns buffers above 32 MiB to the operating system after each call, and getting them back costs page
-# faults. In chunks of this many tokens, h stays below at 2B and 9B sizes.
+# faults. With chunks of this many tokens, gate and up in float32 stay below at 2B and 9B sizes.
 CHUNK_TOKENS = 512
 
 
