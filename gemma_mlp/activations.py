@@ -4,9 +4,9 @@ Shazeer, "GLU Variants Improve Transformer" (arXiv:2002.05202), section 2: every
 `activation(x @ W + b) * (x @ V + c)`. GELU is defined in Hendrycks and Gimpel (arXiv:1606.08415, section 2).
 
 To add one: the name in `Activation`, the entry in `ACTIVATIONS`, if Pallas cannot lower it `LOWERED` in
-op/gpu_kernels.py or `lacks` in op/tpu.py (with the limits in op/README.md), the oracle's own formula in
-testing/oracle.py, literal values in tests/test_activations.py, and the lists in feed_forward's docstring, the README
-and tests/test_config.py.
+op/gpu_kernels.py or `lacks` of the `Backend` that cannot (with the limits in op/README.md), the oracle's own formula
+in testing/oracle.py, literal values in tests/test_activations.py, and the lists in feed_forward's docstring, the
+README and tests/test_config.py.
 """
 
 import dataclasses

@@ -2,7 +2,8 @@
 
 Every matmul takes operands in the compute dtype and accumulates in float32. Element-wise work is float32. Results are
 rounded once, where they are stored. The optimisation barriers decide what is in memory, the sharding constraints
-(`residual_stream`, `over_hidden`) what devices send to one another; tests/aot holds the compilers to both.
+(`residual_stream`, which vjp.py calls too, `over_hidden`, `_whole_length`) what devices send to one another; tests/aot
+holds the compilers to both.
 
 `gradients` goes through F in slices if `chunk_size` or `backend.float32_slices` ask for it. The chunks of tokens of
 the forward pass are in vjp.py. With `save="input"` the backward pass recomputes gate and up in `_hidden_gradients`.
