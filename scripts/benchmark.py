@@ -6,9 +6,9 @@
 It has three sections: time, accuracy and memory. It prints a table of each, and writes benchmark.json and benchmark.png
 to config.workdir, which is runs/benchmark-2b for 2b. An interrupted benchmark starts over.
 
-Times are those of JAX's default device. Let nothing else run meanwhile; on a CPU this takes tens of minutes. With the
-`peers` extra, Hugging Face's module on PyTorch is timed too. Memory is what the compiler for this CPU reports. With the
-`aot` extra and JAX_PLATFORMS=cpu the compilers for TPUs and the H200 report theirs too.
+Times are those of JAX's default device. Let nothing else run meanwhile. With the `peers` extra, Hugging Face's module
+on PyTorch is timed too. Memory is what the compiler for this CPU reports. With the `aot` extra and JAX_PLATFORMS=cpu
+the compilers for TPUs and the H200 report theirs too.
 
 scripts/benchmark/README.md explains the tables and has results.
 """

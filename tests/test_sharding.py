@@ -198,6 +198,12 @@ class TestShardings:
         assert tuple(shardings.mlp.down_proj.spec) == (None, "tensor", "fsdp")
         assert tuple(shardings.post_norm.scale.spec) == (None, "fsdp")
 
+    def test_a_module_is_placed_as_they_say(self):
+        block = gemma_mlp.nnx.MLPBlock(CONFIG, rngs=nnx.Rngs(0))
+        state = nnx.state(block)
+        nnx.update(block, jax.device_put(state, sharding.named_shardings(state, make_mesh(2, 4))))
+        assert block.mlp.gate_proj.get_value().sharding.spec == jax.P("fsdp", "tensor")
+
     def test_of_optimizer_state(self):
         mesh = make_mesh(2, 4)
         specs = MLPBlockParams.specs(CONFIG)

@@ -372,3 +372,17 @@ def test_a_single_bfloat16_token_goes_through_two_rows():
     params, x = samples.mlp_params(case(())[0], "bfloat16"), jnp.ones((1, EMBED_DIM), "bfloat16")
     text = jax.jit(feed_forward).lower(params, x).compile().as_text()
     assert f"[2,{HIDDEN_DIM}]" in text and f" f32[1,{HIDDEN_DIM}]{{1,0}} dot(" not in text
+
+
+def lowered(platform, tokens):
+    params = samples.mlp_params(case(())[0], "bfloat16")
+    function = jax.jit(functools.partial(feed_forward, save="autodiff"))
+    x = jnp.ones((tokens, EMBED_DIM), "bfloat16")
+    return function.trace(params, x).lower(lowering_platforms=(platform,)).as_text()
+
+
+def test_autodiff_takes_a_cpus_forms_on_a_cpu_only():
+    """One row is padded to two on a CPU. Many tokens stay whole everywhere, since a gradient may follow."""
+    assert "stablehlo.pad" in lowered("cpu", 1)
+    assert "stablehlo.pad" not in lowered("tpu", 1)
+    assert all("stablehlo.while" not in lowered(platform, 1024) for platform in ("cpu", "tpu"))
