@@ -106,21 +106,13 @@ class Layout:
 
 @dataclasses.dataclass(frozen=True)
 class Slot:
-    """Where one leaf of one layer is stored.
+    """Where one leaf of one layer is stored."""
 
-    Attributes:
-      tensor: the name of the tensor that holds it.
-      at: one entry for each axis of the tensor: an index for the axes L and 2, the letter itself for D and F.
-      leaf: its name in `LEAVES`.
-      layout: of the tensor.
-      plus_one: whether the tensor holds 1 + w.
-    """
-
-    tensor: str
-    at: tuple[int | str, ...]
-    leaf: str
+    tensor: str  # the name of the tensor that holds it
+    at: tuple[int | str, ...]  # an entry for each of its axes: an index for L and 2, the letter itself for D and F
+    leaf: str  # its name in `LEAVES`
     layout: Layout
-    plus_one: bool
+    plus_one: bool  # whether the tensor holds 1 + w
 
     def read(self, tensor: Any, index: tuple[slice, ...] | None = None) -> Any:
         """The leaf, or the part of it that `index` selects. `tensor` is anything that can be indexed."""
@@ -151,14 +143,10 @@ def locate(
     layers: Sequence[int] | None = None,
     where: Callable[[str], Any] = lambda name: "the tree",
 ) -> list[dict[str, Slot]]:
-    """The slot of every leaf of every layer. First it checks all names, shapes and dtypes.
+    """The slot of every leaf of the `layers` that are wanted, by default of all.
 
-    Args:
-      layout: of `tensors`.
-      tensors: anything with a shape and a dtype, by name. Tensors of layers that are not wanted may be None.
-      num_layers: of the model.
-      layers: the layers that are wanted; None: all.
-      where: gives the file of a tensor, for errors.
+    `tensors` holds, by name, anything with a shape and a dtype; tensors of other layers may be None. `where` gives the
+    file of a tensor, for errors.
 
     Raises:
       ValueError: if a tensor is missing, superfluous, of a wrong shape or of a dtype that is not supported.
