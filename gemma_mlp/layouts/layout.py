@@ -173,15 +173,13 @@ def locate(
             "the checkpoint may be quantised, adapted or of another model: give the config and the layout that fit it.",
         )
     return [
-        {leaf: slot for stored in layout.stored for leaf, slot in _slots(layout, stored, layer, tensors, num_layers)}
+        {slot.leaf: slot for stored in layout.stored for slot in _slots(layout, stored, layer, tensors, num_layers)}
         for layer in layers
     ]
 
 
-def _slots(
-    layout: Layout, stored: Stored, layer: int, tensors: Mapping[str, Any], num_layers: int
-) -> Iterator[tuple[str, Slot]]:
-    """Yields each leaf that `stored` holds for a layer, and its slot."""
+def _slots(layout: Layout, stored: Stored, layer: int, tensors: Mapping[str, Any], num_layers: int) -> Iterator[Slot]:
+    """Yields the slot of each leaf that `stored` holds for a layer."""
     name = layout.name(stored, layer)
     fitting = [axes for axes in stored.axes if layout.shape(axes, layer, num_layers) == tuple(tensors[name].shape)]
     require(
@@ -192,4 +190,4 @@ def _slots(
     )
     for place, leaf in enumerate(stored.leaves):
         index = {"L": layer // len(layout.groups), "2": place}
-        yield leaf, Slot(name, tuple(index.get(axis, axis) for axis in fitting[0]), leaf, layout, stored.plus_one)
+        yield Slot(name, tuple(index.get(axis, axis) for axis in fitting[0]), leaf, layout, stored.plus_one)

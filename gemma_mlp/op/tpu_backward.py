@@ -14,6 +14,7 @@ the inputs are copies anyway, so the gradients need no extra memory.
 """
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -56,11 +57,8 @@ def fused_backward(
 
     blocks = tpu_blocks.choose_blocks(embed_dim, hidden_dim, _candidates(tokens, hidden_dim), vmem_bytes)
     turns = ceil_div(tokens, blocks.tokens)
-    hidden_blocks = hidden_dim // blocks.hidden
-    cores = pltpu.get_tpu_info().num_cores
-    if hidden_blocks % cores:
-        cores = 1
-    hidden_blocks //= cores
+    cores = math.gcd(hidden_dim // blocks.hidden, pltpu.get_tpu_info().num_cores)
+    hidden_blocks = hidden_dim // blocks.hidden // cores  # for each core
 
     stream = pl.BlockSpec((blocks.tokens, embed_dim), lambda core, j, i: (i, 0))
     gate_up = pl.BlockSpec((embed_dim, blocks.hidden), lambda core, j, i: (0, core * hidden_blocks + j))
