@@ -20,7 +20,7 @@ FLOORS = [
     {"params", "aot"},
     {"op.backend", "op.tpu_blocks", "op.gpu_kernels", "layouts.layout", "sharding"},
     {"op.xla", "op.tpu_forward", "op.tpu_backward", "op.gpu", "layouts.libraries", "layouts.trees"},
-    {"op.vjp", "op.tpu", "layouts", "checkpoint.finite"},
+    {"op.vjp", "op.tpu", "layouts"},
     {"op.choose"},
     {"op.api", "checkpoint.loading", "checkpoint.safetensors_folder"},
     {"block", "checkpoint.huggingface", "checkpoint.orbax"},

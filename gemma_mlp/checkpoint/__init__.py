@@ -3,24 +3,12 @@
 It never opens a pickle. It needs the `checkpoint` extra.
 """
 
-from gemma_mlp.checkpoint.huggingface import (
-    Model,
-    huggingface_shapes,
-    read_config,
-    read_huggingface,
-    update_huggingface,
-    write_huggingface,
-)
-from gemma_mlp.checkpoint.orbax import orbax_shapes, read_orbax, write_orbax
-
-__all__ = [
-    "Model",
-    "huggingface_shapes",
-    "orbax_shapes",
-    "read_config",
-    "read_huggingface",
-    "read_orbax",
-    "update_huggingface",
-    "write_huggingface",
-    "write_orbax",
-]
+from gemma_mlp.checkpoint.huggingface import Model as Model
+from gemma_mlp.checkpoint.huggingface import huggingface_shapes as huggingface_shapes
+from gemma_mlp.checkpoint.huggingface import read_config as read_config
+from gemma_mlp.checkpoint.huggingface import read_huggingface as read_huggingface
+from gemma_mlp.checkpoint.huggingface import update_huggingface as update_huggingface
+from gemma_mlp.checkpoint.huggingface import write_huggingface as write_huggingface
+from gemma_mlp.checkpoint.orbax import orbax_shapes as orbax_shapes
+from gemma_mlp.checkpoint.orbax import read_orbax as read_orbax
+from gemma_mlp.checkpoint.orbax import write_orbax as write_orbax

@@ -7,8 +7,7 @@ from typing import Any, NamedTuple
 
 from gemma_mlp.activations import ACTIVATIONS, Activation
 from gemma_mlp.checkpoint import safetensors_folder
-from gemma_mlp.checkpoint.finite import require_finite_layers
-from gemma_mlp.checkpoint.loading import Progress, Source, choose_layers, load
+from gemma_mlp.checkpoint.loading import Progress, Source, choose_layers, load, require_finite_layers
 from gemma_mlp.checks import describe, positive_int, require, require_choice
 from gemma_mlp.config import MLPConfig
 from gemma_mlp.layouts.libraries import huggingface

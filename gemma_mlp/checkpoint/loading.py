@@ -18,7 +18,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 
-from gemma_mlp.checkpoint.finite import count_not_finite, require_finite
 from gemma_mlp.checks import describe, require
 from gemma_mlp.dtypes import accumulation_dtype, compute_dtype
 from gemma_mlp.layouts.layout import Layout, Slot, locate
@@ -42,7 +41,6 @@ class Source(NamedTuple):
 
     @classmethod
     def of(cls, layout: Layout, tensors: Mapping[str, Any], num_layers: int, layers: Sequence[int], file) -> "Source":
-        """Raises the errors of :func:`gemma_mlp.layouts.layout.locate`."""
         return cls(layout, tensors, dict(zip(layers, locate(layout, tensors, num_layers, layers, file))), file)
 
     def shapes(self) -> list[MLPBlockParams]:
@@ -58,8 +56,7 @@ class Source(NamedTuple):
 def choose_layers(num_layers: int, layers: Sequence[int] | None) -> Sequence[int]:
     """The numbers of the chosen layers; None chooses all.
 
-    Raises:
-      ValueError: if there is no such layer, one is chosen twice, or none is chosen.
+    Raises ValueError if there is no such layer, one is chosen twice, or none is chosen.
     """
     numbers = range(num_layers) if layers is None else [operator.index(layer) for layer in layers]
     require(
@@ -72,18 +69,9 @@ def choose_layers(num_layers: int, layers: Sequence[int] | None) -> Sequence[int
 
 
 def load(source: Source, read: Read, *, dtype: Any, shardings: Any, stacked: bool, progress: Progress | None) -> Any:
-    """A list of layers, or one stack of them.
+    """A list of layers, or one stack of them. `read` reads the part of a slot's leaf that an index selects.
 
-    Args:
-      source: where the layers are.
-      read: takes a slot and an index. It reads the part of that leaf that the index selects.
-      dtype: to cast to; None: the dtype of the tensors.
-      shardings: None, a device, or an `MLPBlockParams` of shardings (of stacked leaves if `stacked`).
-      stacked: whether to stack the layers.
-      progress: wraps the iteration over tensors, as tqdm does.
-
-    Raises:
-      ValueError: if a tensor is not finite, or a dtype or sharding is not possible.
+    Raises ValueError if a tensor is not finite, or a dtype or sharding is not possible.
     """
     shapes = source.layout.leaf_shapes
     result = (_Stack if stacked else _List)(len(source.slots), shapes, shardings)
@@ -105,11 +93,7 @@ def load(source: Source, read: Read, *, dtype: Any, shardings: Any, stacked: boo
 
 
 def leaf_shardings(shardings: Any, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
-    """The sharding of each leaf, from what a caller gives: None, a device, or an `MLPBlockParams` of shardings.
-
-    Raises:
-      ValueError: if it is none of these, or does not divide the shapes.
-    """
+    """The sharding of each leaf. Raises ValueError if the caller's are of another kind or do not divide the shapes."""
     if shardings is None or isinstance(shardings, jax.Device):
         device = shardings or jnp.zeros(()).device
         return dict.fromkeys(shapes, SingleDeviceSharding(device))
@@ -241,3 +225,26 @@ def _new_stack(shape: tuple[int, ...], dtype: Any, device: Any) -> jax.Array | n
 def _overwrite(stack, part, start):
     """Writes a part of one layer into `stack` at `start`, in place. `stack.at[...].set` would copy the stack."""
     return jax.lax.dynamic_update_slice(stack, part[None], start)
+
+
+@jax.jit
+def _all_finite(array):
+    return jnp.isfinite(array).all()
+
+
+def count_not_finite(array: Any) -> int:
+    """The number of infinities and NaNs in an array."""
+    # On a CPU, sum() takes four bytes for each number, all() only one. So sum only if some are not finite.
+    return 0 if _all_finite(array) else int((~jnp.isfinite(array)).sum())
+
+
+def require_finite(name: str, not_finite: int, size: int) -> None:
+    rule, received = f"{name} must be finite.", f"{not_finite} numbers that are not, of {size}"
+    require(not_finite == 0, rule, received, "find a sound copy.")
+
+
+def require_finite_layers(layers: Mapping[int, MLPBlockParams]) -> None:
+    """Raises ValueError unless every leaf of the layers, which are given by number, is finite."""
+    for number, layer in layers.items():
+        for leaf, array in block_leaves(layer).items():
+            require_finite(f"{leaf} of layer {number}", count_not_finite(array), array.size)

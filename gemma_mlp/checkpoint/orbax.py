@@ -11,8 +11,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore
 
-from gemma_mlp.checkpoint.finite import require_finite_layers
-from gemma_mlp.checkpoint.loading import Progress, Source, choose_layers, load
+from gemma_mlp.checkpoint.loading import Progress, Source, choose_layers, load, require_finite_layers
 from gemma_mlp.checks import require
 from gemma_mlp.config import MLPConfig
 from gemma_mlp.layouts.layout import Layout, count_layers

@@ -35,11 +35,7 @@ class Header(NamedTuple):
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in a file.
-
-    Raises:
-      ValueError: if there is no such file, or it holds something else.
-    """
+    """The JSON object in a file. Raises ValueError if there is no such file, or it holds something else."""
     try:
         value = json.loads(path.read_text())
     except (OSError, ValueError, RecursionError) as error:
@@ -49,11 +45,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def list_files(folder: Path) -> dict[str, Path]:
-    """The file of every tensor, by the tensor's name.
-
-    Raises:
-      ValueError: if there is no file, or the index cannot be read or names a file that is not in the folder.
-    """
+    """The file of every tensor, by name. Raises ValueError if the index is not sound or names an absent file."""
     present = [name for name in (SINGLE, INDEX) if (folder / name).exists()]
     require(
         len(present) == 1,
@@ -170,11 +162,7 @@ def update(folder: Path, files: Mapping[str, Path], tensors: Mapping[str, Callab
 
     Whenever this is interrupted, the folder holds the old checkpoint or the new one, and perhaps files that nothing
     names. This folder's README says in which order the files are written.
-
-    Args:
-      folder: a checkpoint.
-      files: the file of every tensor.
-      tensors: functions that make the new arrays, by name. Shapes and dtypes must be those of the file.
+    The functions in `tensors` make the new arrays, in the shapes and dtypes of the files.
     """
     changed = sorted({files[name] for name in tensors})
     # An earlier update may have put eight digits behind the name. They are replaced, so that names do not grow.
