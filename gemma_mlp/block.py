@@ -33,6 +33,12 @@ def rms_norm(
     Raises:
       ValueError: if `scale` does not match the last axis of `x`, or for a dtype that is not supported.
     """
+    return _rms_norm(eps, dtype, scale, x)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _rms_norm(eps, dtype, scale, x):
+    dtype = compute_dtype(dtype, scale=scale, x=x)
     require(
         x.ndim >= 1 and scale.shape == x.shape[-1:],
         "rms_norm scales the last axis of x, so scale must be [D] and x [*B, D].",
@@ -40,7 +46,6 @@ def rms_norm(
         "check the config's embed_dim against the model's width.",
     )
     scale, x = ensure_finite("scale", scale), ensure_finite("x", x)
-    dtype = compute_dtype(dtype, scale=scale, x=x)
     wide = accumulation_dtype(dtype, scale.dtype, x.dtype)
 
     def normalise(scale, x):
@@ -73,6 +78,11 @@ def mlp_block(
     Raises:
       ValueError: as :func:`gemma_mlp.feed_forward` and :func:`gemma_mlp.rms_norm` do.
     """
+    return _mlp_block(config, params, x, dropout_key)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _mlp_block(config, params, x, dropout_key):
     return add_branch(
         x,
         lambda x: mlp(params.mlp, x, config, dropout_key=dropout_key),
@@ -96,20 +106,23 @@ def add_branch(
     config: MLPConfig,
 ) -> Float[Array, "*B D"]:
     """x + post_norm(branch(pre_norm(x))) in float32, rounded once. `branch` gets its input in the compute dtype."""
-    wide = accumulation_dtype(x.dtype, config.dtype or x.dtype)
+    x_BD, normed_BD = _before(config, pre_scale, x)
+    return _after(config, jax.typeof(x).dtype, post_scale, x_BD, branch(normed_BD))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+@functools.partial(_recomputed, static_argnums=0)
+def _before(config, pre_scale, x):
+    """x in float32, for the sum, and normalised in the compute dtype."""
     dtype = compute_dtype(config.dtype, x=x, pre_scale=pre_scale)
+    x_BD = x.astype(accumulation_dtype(dtype, x.dtype))  # here: its two gradients are added before they are rounded
+    return x_BD, rms_norm(pre_scale, x_BD, eps=config.norm_eps, dtype=dtype)
 
-    @_recomputed
-    def before(pre_scale, x_BD):
-        x_BD = x_BD.astype(wide)  # here, so that the two gradients of x are added before they are rounded
-        return x_BD, rms_norm(pre_scale, x_BD, eps=config.norm_eps, dtype=dtype)
 
-    @_recomputed
-    def after(post_scale, y_BD):
-        return rms_norm(post_scale, y_BD, eps=config.norm_eps, dtype=wide)
-
-    x_BD, normed_BD = before(pre_scale, x)
-    y_BD = branch(normed_BD)
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _after(config, dtype, post_scale, x_BD, y_BD):
+    """x + post_norm(y) in float32, then in `dtype`."""
     if post_scale is not None:
-        y_BD = after(post_scale, y_BD)
-    return (x_BD + y_BD.astype(wide)).astype(x.dtype)
+        norm = functools.partial(rms_norm, eps=config.norm_eps, dtype=x_BD.dtype)
+        y_BD = _recomputed(norm)(post_scale, y_BD)
+    return (x_BD + y_BD.astype(x_BD.dtype)).astype(dtype)

@@ -72,18 +72,45 @@ def check_values(function: Callable[P, R]) -> Callable[P, R]:
     Python exits, chex warns of statuses that were not inspected; here all were.)
 
     Args:
-      function: a pure function of pytrees of arrays.
+      function: a pure function of pytrees of arrays, an NNX module, or a function of NNX modules and optimizers. It may
+        update these, as under `nnx.jit`. What it returns must be arrays.
 
     Returns:
       A function that computes the same, waits for the result, and raises AssertionError with the name of the array that
-      is not finite, if there is one.
+      is not finite, if there is one. Modules are then as they were before the call.
     """
-    checked = chex.chexify(jax.jit(lambda *args, **kwargs: function(*args, **kwargs)), async_check=False)
+    from flax import nnx
+
+    def is_stateful(leaf):
+        return isinstance(leaf, (nnx.Pytree, nnx.Variable))
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def run(tree, stateful, arrays):
+        stateful = nnx.merge(*stateful)
+        leaves = [array if node is None else node for node, array in zip(stateful, arrays)]
+        called, args, kwargs = jax.tree.unflatten(tree, leaves)
+        call: Any = function if called is None else called
+        result = call(*args, **kwargs)
+        require(
+            not any(map(is_stateful, jax.tree.leaves(result, is_leaf=is_stateful))),
+            "What check_values wraps must return arrays.",
+            "an NNX module, variable or optimizer among the results",
+            "return nothing for those that were passed in: they are updated in place.",
+        )
+        return result, nnx.state(stateful)
+
+    checked = chex.chexify(run, async_check=False)
 
     @functools.wraps(function)
     def wrapper(*args: P.args, **kwargs: P.kwargs) -> R:
+        called = function if is_stateful(function) else None
+        leaves, tree = jax.tree.flatten((called, args, kwargs), is_leaf=is_stateful)
+        stateful = [leaf if is_stateful(leaf) else None for leaf in leaves]
+        arrays = [None if is_stateful(leaf) else leaf for leaf in leaves]
         with _values_are_checked(True):
-            return checked(*args, **kwargs)
+            result, state = checked(tree, nnx.split(stateful), arrays)
+        nnx.update(stateful, state)
+        return result
 
     return wrapper
 

@@ -8,7 +8,7 @@ from typing import Any, Literal, get_args
 from gemma_mlp.activations import ACTIVATIONS, Activation
 from gemma_mlp.checks import positive_int, require, require_choice
 from gemma_mlp.dtypes import dtype_name
-from gemma_mlp.mesh import Rules, require_rules
+from gemma_mlp.mesh import Rules, checked_rules
 
 Save = Literal["input", "gate_up", "autodiff"]
 Implementation = Literal["xla", "pallas"]
@@ -68,7 +68,7 @@ class MLPConfig:
         if self.chunk_size is not None:
             object.__setattr__(self, "chunk_size", positive_int("chunk_size", self.chunk_size))
         if self.axis_rules is not None:
-            require_rules(self.axis_rules)
+            object.__setattr__(self, "axis_rules", checked_rules(self.axis_rules))
         require(
             _is_real(self.norm_eps) and self.norm_eps > 0,
             "norm_eps must be a positive finite number.",

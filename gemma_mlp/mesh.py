@@ -27,17 +27,24 @@ RULES: Rules = (("batch", ("data", "fsdp")), ("length", None), ("embed", "fsdp")
 SEQUENCE_PARALLEL_RULES: Rules = (RULES[0], ("length", "tensor"), *RULES[2:])
 
 
-def require_rules(rules: Any) -> None:
-    """Raises ValueError unless `rules` are hashable pairs with at least one rule for each logical axis of the block."""
-    pairs = isinstance(rules, tuple) and all(isinstance(rule, tuple) and len(rule) == 2 for rule in rules)
+def checked_rules(rules: Any) -> Rules:
+    """`rules` as tuples; lists, as JSON and YAML have them, are taken too.
+
+    Raises:
+      ValueError: unless they are pairs, with one rule for each logical axis of the block.
+    """
     fix = "gemma_mlp.sharding.RULES is an example."
-    require(pairs, "axis_rules must be a tuple of pairs (logical axis, mesh axes).", repr(rules), fix)
-    names = [name for name, _ in rules]
+    sequence = (tuple, list)
+    pairs = isinstance(rules, sequence) and all(isinstance(rule, sequence) and len(rule) == 2 for rule in rules)
+    require(pairs, "axis_rules must be pairs (logical axis, mesh axes).", repr(rules), fix)
+    rules = tuple((name, tuple(axes) if isinstance(axes, list) else axes) for name, axes in rules)
+    names = [str(name) for name, _ in rules]
     complete = set(LOGICAL_AXES) <= set(names) and len(set(names)) == len(names)
     require(complete, f"axis_rules must have one rule for each of {', '.join(LOGICAL_AXES)}.", repr(rules), fix)
     for _, axes in rules:
         valid = axes is None or all(isinstance(axis, str) for axis in mesh_axes(axes))
         require(valid, "A rule's mesh axes must be a name, a tuple of names or None.", repr(axes), fix)
+    return rules
 
 
 def mesh_axes(entry: Any) -> tuple[Any, ...]:
@@ -124,13 +131,35 @@ def count_shards(name: str | None, rules: Rules | None) -> int:
     return math.prod(mesh.shape[axis] for axis in mesh_axes(dict(rules)[name]))
 
 
+def automatic_rules(rules: Rules | None) -> Rules | None:
+    """`rules` for the axes of the mesh in force that XLA splits: without those that a `shard_map` around us split."""
+    mesh = jax.sharding.get_abstract_mesh()
+    manual = set(mesh.manual_axes)
+    if rules is None or not manual:
+        return rules
+    if manual == set(mesh.axis_names):
+        return None
+    return tuple((name, tuple(axis for axis in mesh_axes(axes) if axis not in manual) or None) for name, axes in rules)
+
+
+def vary_alike(tree: Any) -> Any:
+    """`tree`, with each array marked as varying over every manual axis that one of them varies over.
+
+    Inside `jax.shard_map` JAX gives each array's type these axes. A custom backward pass must return gradients of its
+    inputs' types, and a loop must end with its carry's types. Where an input is marked here, JAX adds its gradient up.
+    """
+    axes = jax.tree.map(lambda a: jax.typeof(a).manual_axis_type.varying, tree)
+    every = frozenset().union(*jax.tree.leaves(axes))
+    return jax.tree.map(lambda a, own: lax.pcast(a, tuple(sorted(every - own)), to="varying"), tree, axes)
+
+
 def spec_of(array: jax.Array) -> PartitionSpec:
     """How an array on a mesh of explicit axes is split, as its type says."""
     return jax.typeof(array).sharding.spec
 
 
 def placed_automatically(function: Callable, like: Callable[..., PartitionSpec]) -> Callable:
-    """`function`, run under `jax.sharding.auto_axes` if the mesh in force has explicit axes.
+    """`function`, run under `jax.sharding.auto_axes` if the mesh has explicit axes: the mesh in force, or the arrays'.
 
     Args:
       function: takes arrays and returns one array.
@@ -138,9 +167,12 @@ def placed_automatically(function: Callable, like: Callable[..., PartitionSpec])
     """
 
     def run(*args):
-        if AxisType.Explicit not in jax.sharding.get_abstract_mesh().axis_types:
+        meshes = [jax.sharding.get_abstract_mesh(), *(jax.typeof(a).sharding.mesh for a in jax.tree.leaves(args))]
+        mesh = next((mesh for mesh in meshes if not mesh.empty), meshes[0])
+        if AxisType.Explicit not in mesh.axis_types:
             return function(*args)
-        return jax.sharding.auto_axes(function, out_sharding=like(*args))(*args)
+        with jax.sharding.use_abstract_mesh(mesh):
+            return jax.sharding.auto_axes(function, out_sharding=like(*args))(*args)
 
     return run
 

@@ -104,9 +104,12 @@ class MLPBlock(nnx.Module):
         rngs: nnx.Rngs | nnx.RngStream | None = None,
     ) -> Float[Array, "*B D"]:
         """Applies the block to the residual stream; arguments as for :meth:`MLP.__call__`."""
+        # Only what was given is passed on: `self.mlp` may be another module by now, such as `nnx.LoRA` around an MLP.
+        options = {"deterministic": deterministic, "rngs": rngs}
+        given = {name: option for name, option in options.items() if option is not None}
         return add_branch(
             x,
-            lambda x: self.mlp(x, deterministic, rngs=rngs),
+            lambda x: self.mlp(x, **given),
             pre_scale=self.pre_norm.scale[...],
             post_scale=self.post_norm.scale[...] if self.post_norm is not None else None,
             config=self.config,

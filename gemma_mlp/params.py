@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple, Self
 
 import jax
+from jax import export
 from jaxtyping import Array, Float, Key
 
 from gemma_mlp.config import MLPConfig
@@ -122,3 +123,12 @@ class MLPBlockParams:
         """Fresh parameters in `config.param_dtype`."""
         post_norm = RMSNormParams.init(config, key) if config.post_norm else None
         return cls(RMSNormParams.init(config, key), MLPParams.init(config, key), post_norm)
+
+
+for _kind in (MLPParams, RMSNormParams, MLPBlockParams):  # so that programs with such arguments can be serialised
+    export.register_pytree_node_serialization(
+        _kind,
+        serialized_name=f"gemma_mlp.{_kind.__name__}",
+        serialize_auxdata=lambda _: b"",
+        deserialize_auxdata=lambda _: (),
+    )

@@ -28,9 +28,9 @@ from gemma_mlp.mesh import (
     SEQUENCE_PARALLEL_RULES,
     Rules,
     activation_spec,
+    checked_rules,
     partition_spec,
     require_divisible,
-    require_rules,
 )
 from gemma_mlp.params import LeafSpec
 
@@ -53,7 +53,7 @@ def named_shardings(tree: Any, mesh: Mesh, rules: Rules = RULES) -> Any:
       ValueError: if a mesh axis does not divide the axis that it splits, the mesh lacks an axis that the rules name, a
         logical axis has no rule, or no leaf of the tree has logical axes.
     """
-    require_rules(rules)
+    rules = checked_rules(rules)
 
     def is_box(leaf):
         return isinstance(leaf, BOXES)
@@ -108,5 +108,5 @@ def activation_sharding(shape: tuple[int, ...], mesh: Mesh, rules: Rules = RULES
     Raises:
       ValueError: if a mesh axis does not divide the axis that it splits, or the mesh lacks an axis that the rules name.
     """
-    require_rules(rules)
+    rules = checked_rules(rules)
     return NamedSharding(mesh, activation_spec(shape, None, mesh, rules))

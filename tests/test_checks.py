@@ -1,7 +1,11 @@
 """Checks of values are off by default. Inside check_values they work under every transformation."""
 
+import dataclasses
+
+import flax
 import jax
 import jax.numpy as jnp
+import optax
 import pytest
 from flax import nnx
 
@@ -101,3 +105,71 @@ def test_modules_are_checked_too(shell):
     assert jnp.allclose(checked(x), call(x), rtol=1e-5)
     with pytest.raises(AssertionError, match="non-finite"):
         checked(x * jnp.nan)
+
+
+def make_model(seed=0):
+    return gemma_mlp.nnx.MLPBlock(CONFIG, rngs=nnx.Rngs(seed))
+
+
+def train(model, optimizer, x):
+    def loss(model):
+        return jnp.square(model(x) - 1).mean()
+
+    value, gradients = nnx.value_and_grad(loss)(model)
+    optimizer.update(model, gradients)
+    return value
+
+
+class Twice(nnx.Module):
+    """Two names for one block, as tied weights are."""
+
+    def __init__(self):
+        self.first = self.second = make_model()
+
+    def __call__(self, x):
+        return self.second(self.first(x))
+
+
+@pytest.mark.promotes  # Optax relies on it
+@pytest.mark.parametrize("make", [make_model, Twice])
+@pytest.mark.parametrize("wrap", [lambda step: step, nnx.jit], ids=["eager", "nnx.jit"])
+@pytest.mark.parametrize("by_name", [False, True])
+def test_an_nnx_training_step_updates_model_and_optimizer(make, wrap, by_name):
+    x, models, step = jax.random.normal(jax.random.key(1), (2, 4, 8)), (make(), make()), wrap(train)
+    for model, call in zip(models, (step, check_values(step))):
+        optimizer = nnx.Optimizer(model, optax.adam(0.1), wrt=nnx.Param)
+        named = {"optimizer": optimizer, "x": x}
+        losses = [call(model, **named) if by_name else call(model, optimizer, x) for _ in range(3)]
+        assert losses[0] > losses[1] > losses[2]
+        assert optimizer.step[...] == 3
+    for got, expected in zip(jax.tree.leaves(nnx.state(models[1])), jax.tree.leaves(nnx.state(models[0])), strict=True):
+        assert jnp.allclose(got, expected, atol=1e-5)
+
+
+def test_a_step_that_fails_leaves_the_model_as_it_was():
+    model = make_model()
+    optimizer = nnx.Optimizer(model, optax.sgd(1.0), wrt=nnx.Param)
+    before = jax.tree.map(jnp.copy, nnx.state(model))
+    with pytest.raises(AssertionError, match="non-finite"):
+        check_values(train)(model, optimizer, jnp.full((2, 4, 8), jnp.nan))
+    assert all(map(jnp.array_equal, jax.tree.leaves(before), jax.tree.leaves(nnx.state(model))))
+    assert optimizer.step[...] == 0
+
+
+@pytest.mark.parametrize("pass_it", [True, False], ids=["an argument", "the function"])
+def test_dropout_draws_a_new_mask_in_every_call(pass_it):
+    model = gemma_mlp.nnx.MLPBlock(dataclasses.replace(CONFIG, dropout_rate=0.5), rngs=nnx.Rngs(0))
+    alike = nnx.clone(model)
+    checked = check_values(lambda model, x: model(x)) if pass_it else check_values(model)
+    for _ in range(3):
+        got = checked(model, jnp.ones((2, 8))) if pass_it else checked(jnp.ones((2, 8)))
+        assert jnp.allclose(got, alike(jnp.ones((2, 8))), rtol=1e-5)
+
+
+def test_what_could_not_be_updated_is_refused():
+    """A function that changes a model which it did not get as an argument; and a model among the results."""
+    model = gemma_mlp.nnx.MLPBlock(dataclasses.replace(CONFIG, dropout_rate=0.5), rngs=nnx.Rngs(0))
+    with pytest.raises(flax.errors.TraceContextError, match="trace level"):
+        check_values(lambda x: model(x))(jnp.ones((2, 8)))
+    with pytest.raises(ValueError, match=r"must return arrays.*updated in place"):
+        check_values(lambda model: model)(model)

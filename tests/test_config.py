@@ -1,6 +1,7 @@
 """The presets have the published sizes, and a config refuses wrong values."""
 
 import dataclasses
+import json
 import pickle
 
 import jax
@@ -8,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gemma_mlp import PRESETS, MLPConfig, MLPParams
+from gemma_mlp import PRESETS, MLPConfig, MLPParams, feed_forward, sharding
 
 PUBLISHED = {  # name: (embed_dim, hidden_dim, post_norm), written out again from the reports and configs
     "gemma1_2b": (2048, 16384, False),
@@ -124,3 +125,15 @@ def test_config_is_frozen_hashable_replaceable_and_picklable():
     assert pickle.loads(pickle.dumps(config)) == config
     with pytest.raises(ValueError, match="hidden_dim"):
         dataclasses.replace(config, hidden_dim=0)
+
+
+def test_axis_rules_may_have_been_through_json():
+    config = MLPConfig(8, 16, axis_rules=sharding.RULES)
+    again = MLPConfig(**json.loads(json.dumps(dataclasses.asdict(config))))
+    assert again == config and hash(again) == hash(config)
+    mesh = jax.make_mesh((1, 1, 1), ("data", "fsdp", "tensor"), (jax.sharding.AxisType.Auto,) * 3)
+    lists = json.loads(json.dumps(sharding.RULES))
+    specs = MLPParams.specs(config)
+    assert sharding.named_shardings(specs, mesh, lists) == sharding.named_shardings(specs, mesh, sharding.RULES)
+    assert sharding.activation_sharding((2, 8), mesh, lists) == sharding.activation_sharding((2, 8), mesh)
+    feed_forward(MLPParams.init(config, jax.random.key(0)), jnp.ones((2, 8)), axis_rules=lists)

@@ -1,9 +1,11 @@
 """The public feed-forward: shapes, dtypes and options are checked once, then vjp.py runs."""
 
+import dataclasses
 import functools
 from typing import Any
 
 import chex
+import jax
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Key
 
@@ -11,7 +13,7 @@ from gemma_mlp.activations import Activation
 from gemma_mlp.checks import describe, ensure_finite, explained, require
 from gemma_mlp.config import Implementation, MLPConfig, Save
 from gemma_mlp.dtypes import compute_dtype
-from gemma_mlp.mesh import Rules, mesh_axes, placed_automatically, spec_of
+from gemma_mlp.mesh import Rules, automatic_rules, mesh_axes, placed_automatically, spec_of, vary_alike
 from gemma_mlp.op import vjp
 from gemma_mlp.op.backend import XLA, Op
 from gemma_mlp.op.choose import choose_backend
@@ -123,6 +125,19 @@ def mlp(
     params: MLPParams, x: Float[Array, "*B D"], config: MLPConfig, *, dropout_key: Key[Array, ""] | None = None
 ) -> Float[Array, "*B D"]:
     """:func:`feed_forward` with the options of `config`; without a `dropout_key`, dropout is off."""
+    return _mlp(config, _require_mlp_params(params), x, dropout_key)
+
+
+def mlp_hidden(
+    params: MLPParams, x: Float[Array, "*B D"], config: MLPConfig, *, dropout_key: Key[Array, ""] | None = None
+) -> Float[Array, "*B F"]:
+    """:func:`hidden_activations` with the options of `config`; without a `dropout_key`, dropout is off."""
+    return _mlp_hidden(config, _require_mlp_params(params), x, dropout_key)
+
+
+# Under a jit of its own an eager call is one program, and all layers of a model share one trace.
+@functools.partial(jax.jit, static_argnums=0)
+def _mlp(config, params, x, dropout_key):
     op = _checked_op(params, x, config, dropout_key)
     require(
         op.backend == XLA or config.save != "autodiff",
@@ -132,15 +147,14 @@ def mlp(
     )
     params, x = ensure_finite("params", params), ensure_finite("x", x)
     run = placed_automatically(functools.partial(vjp.run, op), lambda params, x, key: spec_of(x))
-    return ensure_finite("y", run(params, x, dropout_key))
+    return ensure_finite("y", run(*vary_alike((params, x, dropout_key))))
 
 
-def mlp_hidden(
-    params: MLPParams, x: Float[Array, "*B D"], config: MLPConfig, *, dropout_key: Key[Array, ""] | None = None
-) -> Float[Array, "*B F"]:
-    """:func:`hidden_activations` with the options of `config`; without a `dropout_key`, dropout is off."""
+@functools.partial(jax.jit, static_argnums=0)
+def _mlp_hidden(config, params, x, dropout_key):
     op = _checked_op(params, x, config, dropout_key)
-    return placed_automatically(functools.partial(vjp.run_hidden, op), _hidden_spec)(params, x, dropout_key)
+    run = placed_automatically(functools.partial(vjp.run_hidden, op), _hidden_spec)
+    return run(*vary_alike((params, x, dropout_key)))
 
 
 def _hidden_spec(params, x, dropout_key) -> PartitionSpec:
@@ -166,18 +180,25 @@ def _require_key(config, dropout_key) -> None:
     )
 
 
+def _require_mlp_params(params: Any) -> MLPParams:
+    fix = "MLPParams(**tree) takes the leaves of a module's parameter tree."
+    require(isinstance(params, MLPParams), "params must be an MLPParams.", describe(params), fix)
+    return params
+
+
 def _checked_op(params, x, config, dropout_key) -> Op:
-    require(
-        isinstance(params, MLPParams),
-        "params must be an MLPParams.",
-        describe(params),
-        "MLPParams(**tree) takes the leaves of a module's parameter tree.",
-    )
+    config = dataclasses.replace(config, axis_rules=automatic_rules(config.axis_rules))
     arrays = named_leaves(params)
     dtype = compute_dtype(config.dtype, x=x, **arrays)
     _check_shapes(arrays, x)
+    require(
+        config.chunk_size is None or x.ndim < 2 or isinstance(x.shape[-2], int),
+        "chunk_size needs to know the length of x (its second last axis) when the program is traced.",
+        describe(x),
+        "export with a fixed length, or set chunk_size=None.",
+    )
     dropout_rate = config.dropout_rate if dropout_key is not None else 0.0
-    backend = choose_backend(config, params, dtype, dropout_rate) if x.size else XLA
+    backend = choose_backend(config, params, x, dtype, dropout_rate) if x.size else XLA
     return Op(config, dtype, dropout_rate, backend)
 
 

@@ -4,7 +4,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from gemma_mlp.checks import require
+from gemma_mlp.checks import describe, require
 from gemma_mlp.config import MLPConfig
 from gemma_mlp.mesh import mesh_to_split, target_device
 from gemma_mlp.op.backend import XLA, Backend
@@ -15,7 +15,7 @@ from gemma_mlp.params import MLPParams
 KERNELS = {"tpu": TPU, "gpu": GPU, "cuda": GPU}  # by JAX's names of platforms
 
 
-def choose_backend(config: MLPConfig, params: MLPParams, dtype: Any, dropout_rate: float) -> Backend:
+def choose_backend(config: MLPConfig, params: MLPParams, x: Any, dtype: Any, dropout_rate: float) -> Backend:
     """XLA's, or with `implementation="pallas"` the kernels of the device that the program is compiled for.
 
     It raises a ValueError if the device has no kernels, or they do not serve the case.
@@ -30,6 +30,8 @@ def choose_backend(config: MLPConfig, params: MLPParams, dtype: Any, dropout_rat
         "to compile ahead of time for another platform, call jax.set_mesh with a mesh of its devices",
     )
     backend = KERNELS[platform]
+    known = all(isinstance(size, int) for size in x.shape)
+    _require(known, "needs sizes that are known when the program is traced", f"x {describe(x)}")
     _require(dtype != jnp.float64, "needs bfloat16 or, on a TPU, float32", "float64")
     lacking = f"activation {config.activation!r} on a {platform}"
     _require(config.activation not in backend.lacks, "needs an activation that its kernels have", lacking)

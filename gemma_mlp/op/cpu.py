@@ -8,9 +8,8 @@ import math
 
 import jax.numpy as jnp
 from jax import lax
-from jax.experimental.layout import Layout, with_layout_constraint
 
-from gemma_mlp.mesh import mesh_to_split
+from gemma_mlp.mesh import mesh_to_split, vary_alike
 from gemma_mlp.op.slices import ceil_div, in_slices
 
 # A weight gradient is computed in this many blocks of rows. Each is rounded before the next is summed, so only one
@@ -29,25 +28,27 @@ def matmul_of_one_row(a, weight, multiply):
 
 def outer_in_blocks(a, b, result, multiply):
     """a.T @ b [D, F] in the dtype `result`, for a [T, D] and b [T, F]."""
-    # Without the constraint XLA would undo the transposition, since a matmul can also sum over the first axis.
-    transposed = with_layout_constraint(a.T, Layout(major_to_minor=(0, 1)))
+    # Without the barrier XLA makes a float32 copy of all of a.T, and may undo the transposition.
+    transposed = lax.optimization_barrier(a.T)
 
     def multiply_block(start, size, outer):
         block = multiply(lax.dynamic_slice_in_dim(transposed, start, size), b)
         return lax.dynamic_update_slice_in_dim(outer, block.astype(result), start, 0)
 
     rows, columns = a.shape[1], b.shape[1]
-    return in_slices(rows, ceil_div(rows, BLOCKS), multiply_block, jnp.zeros((rows, columns), result))
+    zeros = vary_alike((jnp.zeros((rows, columns), result), a))[0]
+    return in_slices(rows, ceil_div(rows, BLOCKS), multiply_block, zeros)
 
 
 def chunk_size(shape, dtype) -> int | None:
     """How many positions of x [*B, D] a CPU computes at once if the user did not say; None: all of them.
 
-    `vjp._forward` asks if the program is for a CPU, no gradient is wanted and `save` is not `autodiff`. On a mesh the
-    tokens stay whole, since it may have split them. Only the length is cut: a batch of 600 gives 600 tokens or more.
+    `vjp._forward` asks if the program is for a CPU, no gradient is wanted and `save` is not `autodiff`. The tokens stay
+    whole on a mesh, which may have split them, and where their number is not known (`jax.export`). Only the length is
+    cut: a batch of 600 gives 600 tokens or more.
     """
     tokens = math.prod(shape[:-1])
-    if tokens < CHUNK_TOKENS or mesh_to_split() is not None:
+    if not isinstance(tokens, int) or tokens < CHUNK_TOKENS or mesh_to_split() is not None:
         return None
     # 512 tokens of bfloat16 need gate and up in float32 besides h, so that they too are taken in two chunks.
     least = 2 if dtype == jnp.bfloat16 else 1

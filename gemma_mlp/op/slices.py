@@ -56,8 +56,9 @@ class SlicedAxis(NamedTuple):
     def _split(self, array):
         """The axis as two: shards, and what is in one shard."""
         axis = self.axis % array.ndim
-        return array.reshape(*array.shape[:axis], self.shards, -1, *array.shape[axis + 1 :])
+        shard = array.shape[axis] // self.shards
+        return array.reshape(*array.shape[:axis], self.shards, shard, *array.shape[axis + 1 :])
 
     def _join(self, array):
         axis = self._axis_of_shard % array.ndim
-        return array.reshape(*array.shape[: axis - 1], -1, *array.shape[axis + 1 :])
+        return array.reshape(*array.shape[: axis - 1], self.shards * array.shape[axis], *array.shape[axis + 1 :])

@@ -17,7 +17,7 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Key
 
-from gemma_mlp.mesh import count_shards, token_axis
+from gemma_mlp.mesh import count_shards, token_axis, vary_alike
 from gemma_mlp.op import cpu, xla
 from gemma_mlp.op.backend import XLA, Op
 from gemma_mlp.op.slices import SlicedAxis, ceil_div, in_slices
@@ -103,7 +103,8 @@ def _forward(op, params, x_BD, dropout_key, *, call=_directly, save_gate_up=Fals
         parts = compute(tokens.take(x_BD, start, size), tokens.take(mask_BF, start, size))
         return tuple(tokens.put(whole, part, start) for whole, part in zip(results, parts))
 
-    results = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(compute, x_BD, mask_BF))
+    zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(compute, x_BD, mask_BF))
+    results = vary_alike((zeros, x_BD))[0]
     return in_slices(x_BD.shape[-2] // tokens.shards, ceil_div(chunk_size, tokens.shards), chunk, results)
 
 

@@ -19,7 +19,7 @@ from jaxtyping import Array
 
 from gemma_mlp.activations import ACTIVATIONS
 from gemma_mlp.dtypes import accumulation_dtype, widest
-from gemma_mlp.mesh import constrain, count_shards, target_device
+from gemma_mlp.mesh import constrain, count_shards, target_device, vary_alike
 from gemma_mlp.op import cpu
 from gemma_mlp.op.backend import Op
 from gemma_mlp.op.slices import LANES, SlicedAxis, ceil_div, in_slices, round_up
@@ -79,7 +79,7 @@ def gradients(op: Op, params: MLPParams, x_BD: Array, mask_BF: Array | None, sav
             return dparams, dx_BD + dx_part_BD
 
         zeros = jax.tree.map(jnp.zeros_like, sliced), jnp.zeros(x_BD.shape, op.wide)
-        dparams, dx_BD = in_slices(shard_F, slice_F, add_slice, zeros)
+        dparams, dx_BD = in_slices(shard_F, slice_F, add_slice, vary_alike((zeros, x_BD))[0])
     dx_BD = dx_BD.astype(x_BD.dtype)
     if op.backend.weight_backward is not None:
         # Without the barrier XLA may carry dx in VMEM through a loop over layers and then copy it to HBM.
@@ -197,7 +197,7 @@ def matmul(op: Op, result, a: Array, weight: Array, transpose: bool = False) -> 
 def outer(op: Op, a: Array, b: Array, result) -> Array:
     """a.T @ b, summed over all leading axes, in the dtype `result`."""
     # Not with axis_rules: blocks of rows of D would cut across shards.
-    if op.on_cpu and op.config.axis_rules is None and op.dtype == jnp.bfloat16 and math.prod(a.shape[:-1]) > 1:
+    if op.on_cpu and op.config.axis_rules is None and op.dtype == jnp.bfloat16 and math.prod(a.shape[:-1]) != 1:
         a, b = (array.reshape(-1, array.shape[-1]).astype(op.dtype) for array in (a, b))
         return cpu.outer_in_blocks(a, b, result, lambda a, b: _dot(op, jnp.float32, a, b, (1,), (0,)))
     tokens = tuple(range(a.ndim - 1))

@@ -97,10 +97,12 @@ def test_bfloat16_at_2b_sizes(param_dtype, save, case_2b):
 @pytest.mark.parametrize("save", SAVES)
 @pytest.mark.parametrize("use_bias", [False, True])
 def test_what_accelerators_run_rounds_gate_and_up_once_more(use_bias, save, monkeypatch):
-    """TPUs and GPUs take a branch that a CPU does not take. Here the CPU computes that branch."""
+    """TPUs and GPUs take a branch that a CPU does not take. Here the CPU computes that branch, one operation at a time:
+    compiled as one program it would leave out the roundings."""
     monkeypatch.setattr(vjp, "_by_platform", lambda op, function, *args: function(op, *args))
     arrays, x, dy = case((256,), use_bias)
-    result = run(arrays, x, dy, "bfloat16", save=save)
+    with jax.disable_jit():
+        result = run(arrays, x, dy, "bfloat16", save=save)
     measured = errors(result, exact_result(arrays, x, dy, "gelu_tanh"))
     # Measured errors are 3.1e-3 to 3.5e-3, of y and of gradients. At 2B sizes plain bf16 has 4.2e-3 and up to 5.2e-3.
     assert measured["y"] >= 2.9e-3
