@@ -23,8 +23,9 @@ FLOORS = [
     {"op.vjp", "op.tpu", "layouts"},
     {"op.choose"},
     {"op.api", "checkpoint.loading", "checkpoint.safetensors_folder"},
-    {"block", "checkpoint.huggingface", "checkpoint.orbax"},
-    {"nnx", "linen", "checkpoint", "testing.stacks"},
+    {"block", "checkpoint.config_json", "checkpoint.orbax"},
+    {"nnx", "linen", "checkpoint.huggingface", "testing.stacks"},
+    {"checkpoint"},
 ]
 EMPTY = {"__init__", "op", "testing"}  # packages that hold no names of their own
 FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}

@@ -3,62 +3,17 @@
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-from gemma_mlp.activations import ACTIVATIONS, Activation
+from gemma_mlp.activations import ACTIVATIONS
 from gemma_mlp.checkpoint import safetensors_folder
+from gemma_mlp.checkpoint.config_json import NAMES, read_config
 from gemma_mlp.checkpoint.loading import Progress, Source, choose_layers, load, require_finite_layers
-from gemma_mlp.checks import describe, positive_int, require, require_choice
+from gemma_mlp.checks import describe, require
 from gemma_mlp.config import MLPConfig
 from gemma_mlp.layouts.libraries import huggingface
 from gemma_mlp.layouts.trees import block_leaves, stored_tensors
 from gemma_mlp.params import MLPBlockParams
-
-# `hidden_activation` or `hidden_act` of a config.json: the names of transformers' ACT2FN.
-NAMES: dict[str, Activation] = {a.huggingface: name for name, a in ACTIVATIONS.items() if a.huggingface is not None}
-MODEL_TYPES = {"gemma": False, "gemma2": True, "gemma3_text": True}  # whether there is a norm after the MLP
-
-
-class Model(NamedTuple):
-    """What a config.json says."""
-
-    config: MLPConfig
-    num_layers: int
-
-
-def read_config(folder: str | Path) -> Model:
-    """The block's config and the number of layers, from the config.json of a Hugging Face folder of Gemma 1, 2 or 3.
-
-    `hidden_activation` takes precedence over `hidden_act`. In Gemma 1, "gelu" means the tanh form, as in transformers.
-
-    Raises:
-      ValueError: if the file is missing, belongs to another model, or has an unknown value.
-    """
-    path = Path(folder) / "config.json"
-    values = safetensors_folder.read_json(path)
-    if values.get("model_type") == "gemma3":  # with images: the language model's values are nested
-        nested: Any = values.get("text_config")
-        require(isinstance(nested, dict), f"{path} must have a text_config.", describe(nested), "download it again.")
-        values = {**nested, "model_type": "gemma3_text"}
-    for name in ("model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "rms_norm_eps"):
-        require(name in values, f"{path} must have a {name}.", ", ".join(values) or "nothing", "download it again.")
-    model_type: Any = values["model_type"]
-    activation: Any = values.get("hidden_activation") or values.get("hidden_act")
-    require_choice(f"model_type in {path}", model_type, MODEL_TYPES)
-    require_choice(f"hidden_activation, or else hidden_act, in {path}", activation, NAMES)
-    if (model_type, activation) == ("gemma", "gelu"):
-        activation = "gelu_pytorch_tanh"
-    try:
-        config = MLPConfig(
-            values["hidden_size"],
-            values["intermediate_size"],
-            activation=NAMES[activation],
-            norm_eps=values["rms_norm_eps"],
-            post_norm=MODEL_TYPES[model_type],
-        )
-        return Model(config, positive_int("num_hidden_layers", values["num_hidden_layers"]))
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
 
 
 def huggingface_shapes(folder: str | Path) -> list[MLPBlockParams]:

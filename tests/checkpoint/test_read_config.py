@@ -1,10 +1,12 @@
 """The config.json files of Gemma 1, 2 and 3 give the block's config; files with unknown values are refused."""
 
+import dataclasses
 import json
 
 import pytest
 
 from gemma_mlp import MLPConfig, checkpoint
+from gemma_mlp.checkpoint import config_json
 from tests.support.by_hand import LAYERS, D, F
 from tests.support.huggingface_folder import SETTINGS
 
@@ -57,10 +59,53 @@ def test_a_config_with_unknown_values_is_refused(tmp_path, change, message):
         checkpoint.read_config(tmp_path)
 
 
-@pytest.mark.parametrize(
-    "name", ["model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "rms_norm_eps"]
-)
-def test_a_config_that_lacks_a_value_is_refused(tmp_path, name):
-    (tmp_path / "config.json").write_text(json.dumps({key: SETTINGS[key] for key in SETTINGS if key != name}))
-    with pytest.raises(ValueError, match=f"config.json must have a {name}"):
+GEMMA2 = (2304, 9216, 26, "gelu_tanh", 1e-6, True)  # Gemma2Config of transformers; later classes repeat it
+DEFAULTS = {  # model_type: D, F, layers, activation, eps and post-norm where a config.json says nothing else
+    "gemma": (3072, 24576, 28, "gelu_tanh", 1e-6, False),  # GemmaConfig
+    "gemma2": GEMMA2,
+    "gemma3_text": GEMMA2,
+}
+
+
+def test_every_model_type_has_literal_defaults():
+    assert set(DEFAULTS) == set(config_json.MODEL_TYPES)
+
+
+@pytest.mark.parametrize("model_type", DEFAULTS)
+def test_what_a_config_leaves_out_is_the_default_of_its_class(tmp_path, model_type):
+    embed_dim, hidden_dim, num_layers, activation, norm_eps, post_norm = DEFAULTS[model_type]
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
+    expected = MLPConfig(embed_dim, hidden_dim, activation=activation, norm_eps=norm_eps, post_norm=post_norm)
+    assert checkpoint.read_config(tmp_path) == (expected, num_layers)
+    said = {"hidden_size": D, "intermediate_size": F, "num_hidden_layers": LAYERS}  # geometry alone
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type} | said))
+    expected = dataclasses.replace(expected, embed_dim=D, hidden_dim=F)
+    assert checkpoint.read_config(tmp_path) == (expected, LAYERS)
+
+
+@pytest.mark.parametrize("outer", config_json.NESTED)
+def test_a_nested_config_has_defaults_too(tmp_path, outer):
+    """As the released config.json files of Gemma 3 4B, 12B and 27B, which state the geometry and little else."""
+    key, inner = config_json.NESTED[outer]
+    stated = {"hidden_size": 2560, "intermediate_size": 10240, "num_hidden_layers": 34, "sliding_window": 1024}
+    for model_type in ({}, {"model_type": inner}):
+        (tmp_path / "config.json").write_text(json.dumps({"model_type": outer, key: stated | model_type}))
+        post_norm = DEFAULTS[inner][-1]
+        expected = MLPConfig(2560, 10240, activation="gelu_tanh", norm_eps=1e-6, post_norm=post_norm)
+        assert checkpoint.read_config(tmp_path) == (expected, 34)
+
+
+def test_a_default_stands_for_no_value_that_is_there(tmp_path):
+    """A null is a value. transformers ignores `hidden_act` in Gemma 2 and later, unless the other is null."""
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "gemma2", "hidden_act": "silu"}))
+    assert checkpoint.read_config(tmp_path).config.activation == "gelu_tanh"
+    for name in ("hidden_size", "rms_norm_eps", "hidden_activation"):
+        (tmp_path / "config.json").write_text(json.dumps({"model_type": "gemma2", name: None}))
+        with pytest.raises(ValueError, match="None"):
+            checkpoint.read_config(tmp_path)
+
+
+def test_a_config_that_lacks_its_model_type_is_refused(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({key: SETTINGS[key] for key in SETTINGS if key != "model_type"}))
+    with pytest.raises(ValueError, match=r"config.json must have a model_type.*give the folder of the whole model"):
         checkpoint.read_config(tmp_path)

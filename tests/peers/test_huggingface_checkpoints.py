@@ -1,7 +1,9 @@
 """Models saved by transformers: our blocks compute what theirs do, and their logits survive our writing."""
 
 import contextlib
+import json
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -11,6 +13,7 @@ with contextlib.suppress(ModuleNotFoundError):  # then tests/conftest.py leaves 
     import transformers
 
 from gemma_mlp import checkpoint, mlp_block
+from gemma_mlp.checkpoint import config_json
 from gemma_mlp.testing.oracle import relative_error
 
 pytestmark = pytest.mark.needs_peers
@@ -84,6 +87,39 @@ def mlp_half(layer, x):
     with torch.no_grad():
         output = layer(x, position_embeddings=(x, x), position_ids=torch.arange(x.shape[1])[None])
     return (output[0] if isinstance(output, tuple) else output).numpy()
+
+
+@pytest.mark.parametrize("model_type", config_json.MODEL_TYPES)
+def test_the_defaults_are_those_of_the_peers_config_classes(tmp_path, model_type):
+    """Read from files that say less and less, by us and by them."""
+    theirs = transformers.CONFIG_MAPPING[model_type]
+    geometry = {"hidden_size": 64, "intermediate_size": 48, "num_hidden_layers": 3}
+    for said in ({}, geometry, {"hidden_size": 64}, geometry | {"rms_norm_eps": 1e-5}, {"hidden_act": "silu"}):
+        (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type} | said))
+        config, num_layers = checkpoint.read_config(tmp_path)
+        expected = theirs.from_pretrained(tmp_path)
+        assert num_layers == expected.num_hidden_layers
+        assert (config.embed_dim, config.hidden_dim) == (expected.hidden_size, expected.intermediate_size)
+        assert config.norm_eps == expected.rms_norm_eps
+        activation = expected.hidden_act if model_type == "gemma" else expected.hidden_activation
+        assert config.activation == config_json.NAMES[activation]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_config_stripped_to_geometry_reads_the_same(tmp_path, name):
+    save(make(name), tmp_path, sharded=False)
+    expected, layers = checkpoint.read_config(tmp_path), checkpoint.read_huggingface(tmp_path)
+    keys = {"model_type", "hidden_size", "intermediate_size", "num_hidden_layers"}
+
+    def stripped(values):
+        kept = {key: stripped(value) for key, value in values.items() if isinstance(value, dict)}
+        return kept | {key: value for key, value in values.items() if key in keys}
+
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(stripped(json.loads(path.read_text()))))
+    assert checkpoint.read_config(tmp_path) == expected
+    again = checkpoint.read_huggingface(tmp_path)
+    assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), again, layers))
 
 
 @pytest.mark.parametrize("sharded", [False, True], ids=["one file", "sharded"])
