@@ -105,10 +105,8 @@ def make_layout(name: str, config: MLPConfig, transpose: bool | None) -> layouts
 
 def read_shapes(path: Path, config: MLPConfig, layout: layouts.Layout | None) -> list[MLPBlockParams]:
     if is_huggingface(path):
-        shapes = checkpoint.huggingface_shapes(path)
-    else:
-        shapes = checkpoint.orbax_shapes(path, config, layout=layout)
-    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, DTYPE.value or leaf.dtype), shapes)
+        return checkpoint.huggingface_shapes(path, dtype=DTYPE.value)
+    return checkpoint.orbax_shapes(path, config, layout=layout, dtype=DTYPE.value)
 
 
 def read(path: Path, config: MLPConfig, layout: layouts.Layout | None, what: str) -> list[MLPBlockParams]:

@@ -16,9 +16,9 @@ from gemma_mlp.layouts.trees import block_leaves, stored_tensors
 from gemma_mlp.params import MLPBlockParams
 
 
-def huggingface_shapes(folder: str | Path) -> list[MLPBlockParams]:
+def huggingface_shapes(folder: str | Path, *, dtype: Any = None) -> list[MLPBlockParams]:
     """The `jax.ShapeDtypeStruct`s of what :func:`read_huggingface` reads. All is checked except the values."""
-    return _source(Path(folder)).shapes()
+    return _source(Path(folder)).shapes(dtype)
 
 
 def read_huggingface(
@@ -38,10 +38,12 @@ def read_huggingface(
     Args:
       folder: holds config.json and safetensors, in one file or in shards with an index.
       layers: the layers to read, such as [3] or range(2, 5); None: all.
-      dtype: to cast to; None: as in the file.
+      dtype: to cast to, from any of bfloat16, float16, float32 and float64; None: as in the file, which must not be
+        float16.
       shardings: a device, or an `MLPBlockParams` of shardings (of the stacked leaves if `stacked`); None: the default
         device.
-      stacked: whether to stack the layers on a new first axis, for `jax.lax.scan`.
+      stacked: whether to stack the layers on a new first axis, for `jax.lax.scan`. Layers of several dtypes take the
+        widest.
       progress: wraps the iteration over tensors, as tqdm does.
 
     Returns:

@@ -10,7 +10,6 @@ import math
 import operator
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -19,7 +18,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from gemma_mlp.checks import describe, require
-from gemma_mlp.dtypes import accumulation_dtype, compute_dtype
+from gemma_mlp.dtypes import DTYPES, accumulation_dtype, compute_dtype, widest
 from gemma_mlp.layouts.layout import Layout, Slot, locate
 from gemma_mlp.layouts.trees import block_leaves, make_params
 from gemma_mlp.params import MLPBlockParams
@@ -37,20 +36,35 @@ class Source(NamedTuple):
     layout: Layout
     tensors: Mapping[str, Any]  # by name, with shape and dtype
     slots: Mapping[int, Mapping[str, Slot]]  # by layer and leaf
-    file: Callable[[str], Path]  # gives the file of a tensor, or the folder if its file is not known
+    file: Callable[[str], Any]  # gives the file of a tensor, or the folder if its file is not known
 
     @classmethod
     def of(cls, layout: Layout, tensors: Mapping[str, Any], num_layers: int, layers: Sequence[int], file) -> "Source":
-        return cls(layout, tensors, dict(zip(layers, locate(layout, tensors, num_layers, layers, file))), file)
+        slots = locate(layout, tensors, num_layers, layers, file, (*DTYPES, "float16"))
+        return cls(layout, tensors, dict(zip(layers, slots)), file)
 
-    def shapes(self) -> list[MLPBlockParams]:
-        """The layers as `jax.ShapeDtypeStruct`s."""
+    def dtypes(self, dtype: Any) -> list[dict[str, jnp.dtype]]:
+        """The dtype that each leaf of each layer is read in. Raises ValueError if one is not possible."""
 
-        def shape(slot):
-            tensor = self.tensors[slot.tensor]
-            return slot.read(jax.ShapeDtypeStruct(tensor.shape, tensor.dtype))
+        def of_slot(slot):
+            own = self.tensors[slot.tensor].dtype
+            require(
+                dtype is not None or str(own) != "float16",
+                f"{slot.tensor} in {self.file(slot.tensor)} must be of {', '.join(DTYPES)}, or be cast as it is read.",
+                describe(self.tensors[slot.tensor]),
+                'dtype="float32" keeps every number of it, dtype="bfloat16" rounds; float16 overflows on real weights.',
+            )
+            return compute_dtype(dtype or (accumulation_dtype(own) if slot.plus_one else own))
 
-        return [make_params({leaf: shape(slot) for leaf, slot in layer.items()}) for layer in self.slots.values()]
+        return [{leaf: of_slot(slot) for leaf, slot in layer.items()} for layer in self.slots.values()]
+
+    def shapes(self, dtype: Any) -> list[MLPBlockParams]:
+        """The layers as `jax.ShapeDtypeStruct`s, cast to `dtype`; None: as stored."""
+        shapes = self.layout.leaf_shapes
+        return [
+            make_params({leaf: jax.ShapeDtypeStruct(shapes[leaf], of_leaf) for leaf, of_leaf in layer.items()})
+            for layer in self.dtypes(dtype)
+        ]
 
 
 def choose_layers(num_layers: int, layers: Sequence[int] | None) -> Sequence[int]:
@@ -74,6 +88,9 @@ def load(source: Source, read: Read, *, dtype: Any, shardings: Any, stacked: boo
     Raises ValueError if a tensor is not finite, or a dtype or sharding is not possible.
     """
     shapes = source.layout.leaf_shapes
+    dtypes = source.dtypes(dtype)
+    if stacked:  # layers of several dtypes take the widest, which rounds none of them
+        dtypes = [{leaf: jnp.dtype(widest(*(layer[leaf] for layer in dtypes))) for leaf in shapes}] * len(dtypes)
     result = (_Stack if stacked else _List)(len(source.slots), shapes, shardings)
     by_tensor: dict[str, list[tuple[int, Slot]]] = {}  # so that leaves of one tensor are read one after the other
     for position, slots in enumerate(source.slots.values()):
@@ -81,11 +98,10 @@ def load(source: Source, read: Read, *, dtype: Any, shardings: Any, stacked: boo
             by_tensor.setdefault(slot.tensor, []).append((position, slot))
     for name in progress(list(by_tensor)) if progress else by_tensor:
         for position, slot in by_tensor[name]:
-            own = source.tensors[name].dtype
-            target = compute_dtype(dtype or (accumulation_dtype(own) if slot.plus_one else own))
 
-            def read_part(index, slot=slot, dtype=target):
-                return np.ascontiguousarray(read(slot, index), dtype)  # otherwise JAX keeps a copy next to its array
+            def read_part(index, slot=slot, dtype=dtypes[position][slot.leaf]):
+                with np.errstate(over="ignore"):  # what the dtype cannot hold becomes an infinity, which is refused
+                    return np.ascontiguousarray(read(slot, index), dtype)  # or JAX keeps a copy next to its array
 
             not_finite = result.add(position, slot.leaf, read_part)
             require_finite(f"{name} in {source.file(name)}", not_finite, math.prod(shapes[slot.leaf]))
@@ -240,7 +256,7 @@ def count_not_finite(array: Any) -> int:
 
 def require_finite(name: str, not_finite: int, size: int) -> None:
     rule, received = f"{name} must be finite.", f"{not_finite} numbers that are not, of {size}"
-    require(not_finite == 0, rule, received, "find a sound copy.")
+    require(not_finite == 0, rule, received, "find a sound copy, or read it in a wider dtype.")
 
 
 def require_finite_layers(layers: Mapping[int, MLPBlockParams]) -> None:

@@ -61,9 +61,11 @@ def read_orbax(
     return load(source, read, dtype=dtype, shardings=shardings, stacked=stacked, progress=progress)
 
 
-def orbax_shapes(path: str | Path, config: MLPConfig, *, layout: Layout | None = None) -> list[MLPBlockParams]:
+def orbax_shapes(
+    path: str | Path, config: MLPConfig, *, layout: Layout | None = None, dtype: Any = None
+) -> list[MLPBlockParams]:
     """The `jax.ShapeDtypeStruct`s of what :func:`read_orbax` reads. All is checked except the values."""
-    return _source(Path(path).absolute(), config, layout).shapes()
+    return _source(Path(path).absolute(), config, layout).shapes(dtype)
 
 
 def write_orbax(path: str | Path, params: Sequence[MLPBlockParams], layout: Layout) -> None:

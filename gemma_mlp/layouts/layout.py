@@ -150,6 +150,7 @@ def locate(
     num_layers: int,
     layers: Sequence[int] | None = None,
     where: Callable[[str], Any] = lambda name: "the tree",
+    dtypes: Sequence[str] = DTYPES,
 ) -> list[dict[str, Slot]]:
     """The slot of every leaf of every layer. First it checks all names, shapes and dtypes.
 
@@ -159,6 +160,7 @@ def locate(
       num_layers: of the model.
       layers: the layers that are wanted; None: all.
       where: gives the file of a tensor, for errors.
+      dtypes: that the tensors may have.
 
     Raises:
       ValueError: if a tensor is missing, superfluous, of a wrong shape or of a dtype that is not supported.
@@ -174,7 +176,7 @@ def locate(
         fix = "check embed_dim, hidden_dim and the layout, which says what is transposed."
         require(list(getattr(tensors[name], "shape", ())) in shapes, rule, received, fix)
         fix = "convert it first; float16 and integers are refused."
-        require(str(tensors[name].dtype) in DTYPES, rule, received, fix)
+        require(str(tensors[name].dtype) in dtypes, rule, received, fix)
     known = {layout.name(stored, layer) for layer in range(num_layers) for stored in layout.stored}
     pattern = layout.pattern()
     for name in tensors:

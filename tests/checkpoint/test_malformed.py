@@ -118,7 +118,7 @@ MALFORMED = {  # name: (what makes it, the error)
     "empty": (replace(GATE, np.zeros((0, D), "float32")), SHAPE + r"float32\[0, 4\]"),
     "float16": (
         replace(GATE, np.zeros((F, D), "float16")),
-        SHAPE + r"float16\[6, 4\].*float16.*refused",
+        rf"{GATE} in .*must be of bfloat16, float32, float64, or be cast.*\w+: float16\[6, 4\].*dtype=",
     ),
     "int8": (replace(GATE, np.zeros((F, D), "int8")), SHAPE + r"I8\[6, 4\]"),
     "float64": (replace(GATE, np.zeros((F, D))), "64-bit mode"),
