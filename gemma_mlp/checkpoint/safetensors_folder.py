@@ -45,17 +45,23 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def list_files(folder: Path) -> dict[str, Path]:
-    """The file of every tensor, by name. Raises ValueError if the index is not sound or names an absent file."""
+    """The file of every tensor, by name. Raises ValueError if the index is not sound or contradicts the single file.
+
+    A file that the index names need not be there: it may hold layers that nobody asks for.
+    """
     present = [name for name in (SINGLE, INDEX) if (folder / name).exists()]
     require(
-        len(present) == 1,
+        len(present) > 0,
         f"{folder} must hold either {SINGLE} or {INDEX}.",
-        " and ".join(present or sorted(path.name for path in folder.glob("*"))[:5]) or "nothing",
-        "remove the stale one; files in other formats (.bin, .pt) are pickles, which are never opened.",
+        " and ".join(sorted(path.name for path in folder.glob("*"))[:5]) or "nothing",
+        "give the folder that holds it; files in other formats (.bin, .pt) are pickles, which are never opened.",
     )
-    if present == [SINGLE]:
+    single: dict[str, Path] = {}
+    if SINGLE in present:
         with opened(folder / SINGLE) as file:
-            return dict.fromkeys(file.keys(), folder / SINGLE)
+            single = dict.fromkeys(file.keys(), folder / SINGLE)
+    if INDEX not in present:
+        return single
     names: Any = read_json(folder / INDEX).get("weight_map")
     require(
         isinstance(names, dict) and bool(names) and all(isinstance(name, str) for name in names.values()),
@@ -71,13 +77,15 @@ def list_files(folder: Path) -> dict[str, Path]:
             f"{name!r} for {tensor}",
             "do not load this checkpoint: such a path escapes the folder or is a pickle.",
         )
+    files = {tensor: folder / name for tensor, name in names.items()}
+    for name in (*single, *files) if SINGLE in present else ():
         require(
-            (folder / name).is_file(),
-            f"{tensor} must be in {folder / name}, as the index says.",
-            "no such file",
-            "download the missing shard.",
+            name in single and files.get(name) == folder / SINGLE,
+            f"{folder} holds {SINGLE} and {INDEX}, so they must agree that the one file holds every tensor.",
+            f"{name}, which is {'' if name in single else 'not '}in {SINGLE}; the index says {names.get(name)!r}",
+            "remove the stale one of the two.",
         )
-    return {tensor: folder / name for tensor, name in names.items()}
+    return files
 
 
 @contextmanager
@@ -99,7 +107,10 @@ def read_headers(files: Mapping[str, Path], wanted: Container[str]) -> dict[str,
     """
     needed = {path for name, path in files.items() if name in wanted}
     headers: dict[str, Header | None] = {name: None for name, path in files.items() if path not in needed}
-    for path in needed:
+    for path in sorted(needed):
+        first = next(name for name in files if files[name] == path and name in wanted)
+        fix = "download the missing shard, or choose other layers with layers=."
+        require(path.is_file(), f"{first} must be in {path}, as the index says.", "no such file", fix)
         with opened(path) as file:
             for name in file.keys():  # noqa: SIM118
                 if files.get(name) == path:

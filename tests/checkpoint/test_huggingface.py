@@ -76,6 +76,39 @@ def test_files_of_other_layers_are_not_opened(tmp_path):
         checkpoint.read_huggingface(folder, layers=[2])
 
 
+@pytest.mark.parametrize("options", [{}, {"stacked": True}, {"dtype": "float32"}])
+def test_files_of_other_layers_need_not_be_there(tmp_path, options):
+    folder = write(tmp_path, arrays(), shards=LAYERS)
+    for number in (0, 2, 4):
+        (folder / f"model-{number + 1:05}-of-{LAYERS:05}.safetensors").unlink()
+    whole = write(tmp_path / "whole", arrays())
+    expected = checkpoint.read_huggingface(whole, layers=[3, 1], **options)
+    assert equal(checkpoint.read_huggingface(folder, layers=[3, 1], **options), expected)
+    with pytest.raises(ValueError, match=r"model-00003-of-00005.*no such file.*download the missing shard"):
+        checkpoint.read_huggingface(folder, layers=[1, 2], **options)
+
+
+def test_layers_of_a_partial_download_are_updated(tmp_path):
+    folder = write(tmp_path, arrays(), shards=LAYERS)
+    (folder / "model-00003-of-00005.safetensors").unlink()
+    checkpoint.update_huggingface(folder, params(arrays())[:2], layers=[3, 1])
+    assert equal(checkpoint.read_huggingface(folder, layers=[3, 1]), params(arrays())[:2])
+    with pytest.raises(ValueError, match="download the missing shard"):
+        checkpoint.update_huggingface(folder, params(arrays()))
+
+
+@pytest.mark.parametrize("stacked", [False, True])
+def test_a_file_and_an_index_that_agree_are_one_checkpoint(tmp_path, stacked):
+    """mlx-lm writes an index to its single file."""
+    folder = write(tmp_path, arrays())
+    index = {"metadata": {}, "weight_map": dict.fromkeys(load(folder), "model.safetensors")}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    expected = layouts.stack(params(arrays())) if stacked else params(arrays())
+    assert equal(checkpoint.read_huggingface(folder, stacked=stacked), expected)
+    checkpoint.update_huggingface(folder, params(arrays())[::-1])
+    assert equal(checkpoint.read_huggingface(folder), params(arrays())[::-1])
+
+
 def test_no_other_tensor_is_read(tmp_path, monkeypatch):
     asked = []
 

@@ -91,6 +91,17 @@ def both(folder):
     write(folder, arrays())
 
 
+def with_index(change):
+    """A single file, and an index of it that was changed."""
+
+    def break_(folder):
+        names = dict.fromkeys(load(write(folder, arrays())), "model.safetensors")
+        change(names)
+        (folder / INDEX).write_text(json.dumps({"weight_map": names}))
+
+    return break_
+
+
 SHAPE = rf"{GATE} in .*model\.safetensors must be \[{F}, {D}\] of bfloat16, float32, float64\. \w+: "
 MALFORMED = {  # name: (what makes it, the error)
     "a missing tensor": (
@@ -141,10 +152,26 @@ MALFORMED = {  # name: (what makes it, the error)
     ),
     "a pickle": (raw(lambda old: b"\x80\x04\x95" + old), "must be a whole safetensors file"),
     "only a pickle": (pickled, r"must hold either .* \w+: config\.json and pytorch_model\.bin.*never opened"),
-    "two forms": (both, r"must hold either .*\w+: model\.safetensors and model\.safetensors\.index\.json"),
+    "two forms": (
+        both,
+        r"holds model\.safetensors and model\.safetensors\.index\.json, so they must agree that the one file holds every tensor\. "
+        r"\w+: model\.\S+, which is in model\.safetensors; the index says 'model-0000\d-of-00003\.safetensors'",
+    ),
+    "an index that lacks a tensor of the single file": (
+        with_index(lambda names: names.pop(GATE)),
+        rf"must agree.*{GATE}, which is in model\.safetensors; the index says None",
+    ),
+    "an index that names other files, too": (
+        with_index(lambda names: names.update({"more": "model-2.safetensors"})),
+        r"must agree.*more, which is not in model\.safetensors; the index says 'model-2\.safetensors'",
+    ),
+    "an index that has a tensor more than the single file": (
+        with_index(lambda names: names.update({"more": "model.safetensors"})),
+        r"must agree.*more, which is not in model\.safetensors; the index says 'model\.safetensors'",
+    ),
     "an absent shard": (
         sharded(lambda folder: (folder / SHARD).unlink()),
-        rf"{SHARD}, as the index says",
+        rf"layers\.1\.\S+ must be in .*{SHARD}, as the index says\. \w+: no such file\..*layers=",
     ),
     "a shard cut short": (
         sharded(lambda folder: (folder / SHARD).write_bytes((folder / SHARD).read_bytes()[:-7])),
