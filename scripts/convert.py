@@ -20,6 +20,7 @@ from absl import flags
 from tqdm import tqdm
 
 from gemma_mlp import PRESETS, MLPBlockParams, MLPConfig, checkpoint, checks, layouts
+from gemma_mlp.checkpoint import addresses
 
 LAYOUTS = list(layouts.LAYOUTS)
 DTYPES = ["bfloat16", "float32", "float64"]
@@ -45,20 +46,21 @@ DRY_RUN = flags.DEFINE_boolean("dry_run", False, "Check names, shapes and dtypes
 
 def main():
     try:
-        convert(Path(SOURCE.value), Path(TARGET.value))
+        convert(SOURCE.value, TARGET.value)
     except ValueError as error:
         raise SystemExit(str(error)) from error
 
 
-def convert(source: Path, target: Path) -> None:
+def convert(source: str, target: str) -> None:
+    if TO.value == "huggingface":
+        target = str(addresses.local_folder(target, new=True))  # refuses a URL before anything is read
     config = source_config(source)
     layout = make_layout(TO.value, config, TRANSPOSE.value)
     source_layout = make_layout(FROM.value, config, SOURCE_TRANSPOSE.value) if FROM.value else None
     print_table(read_shapes(source, config, source_layout), layout)
-    in_place = TO.value == "huggingface" and target.exists()
-    checks.require(
-        in_place or not target.exists(), "The target must be new.", f"{target}, which exists", "use another."
-    )
+    exists = Path(target).expanduser().exists()
+    in_place = TO.value == "huggingface" and exists
+    checks.require(in_place or not exists, "The target must be new.", f"{target}, which exists", "use another.")
     if DRY_RUN.value:
         if in_place:
             checkpoint.huggingface_shapes(target)
@@ -75,11 +77,11 @@ def convert(source: Path, target: Path) -> None:
     print(f"{target}: {len(params)} layers, read back and the same, bit for bit.")
 
 
-def is_huggingface(path: Path) -> bool:
-    return (path / "config.json").exists()
+def is_huggingface(path: str) -> bool:
+    return (Path(path).expanduser() / "config.json").exists()
 
 
-def source_config(source: Path) -> MLPConfig:
+def source_config(source: str) -> MLPConfig:
     if is_huggingface(source):
         return checkpoint.read_config(source).config
     if PRESET.value:
@@ -88,7 +90,7 @@ def source_config(source: Path) -> MLPConfig:
         return MLPConfig(EMBED_DIM.value, HIDDEN_DIM.value, post_norm=POST_NORM.value)
     raise ValueError(
         "The model of an Orbax checkpoint must be given. Got: neither --preset, nor --embed_dim and --hidden_dim. "
-        "Fix: give one or the other; for a Hugging Face folder, check that --source has a config.json."
+        "Fix: give one or the other; for a Hugging Face folder, download it and check that it has a config.json."
     )
 
 
@@ -103,13 +105,13 @@ def make_layout(name: str, config: MLPConfig, transpose: bool | None) -> layouts
     return make(config, **{key: options[key] for key in options.keys() & inspect.signature(make).parameters})
 
 
-def read_shapes(path: Path, config: MLPConfig, layout: layouts.Layout | None) -> list[MLPBlockParams]:
+def read_shapes(path: str, config: MLPConfig, layout: layouts.Layout | None) -> list[MLPBlockParams]:
     if is_huggingface(path):
         return checkpoint.huggingface_shapes(path, dtype=DTYPE.value)
     return checkpoint.orbax_shapes(path, config, layout=layout, dtype=DTYPE.value)
 
 
-def read(path: Path, config: MLPConfig, layout: layouts.Layout | None, what: str) -> list[MLPBlockParams]:
+def read(path: str, config: MLPConfig, layout: layouts.Layout | None, what: str) -> list[MLPBlockParams]:
     progress = functools.partial(tqdm, desc=what, unit="tensor")
     if is_huggingface(path):
         return checkpoint.read_huggingface(path, dtype=DTYPE.value, progress=progress)

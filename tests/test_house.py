@@ -22,7 +22,7 @@ FLOORS = [
     {"op.xla", "op.tpu_forward", "op.tpu_backward", "op.gpu", "layouts.libraries", "layouts.trees"},
     {"op.vjp", "op.tpu", "layouts"},
     {"op.choose"},
-    {"op.api", "checkpoint.loading", "checkpoint.safetensors_folder"},
+    {"op.api", "checkpoint.addresses", "checkpoint.loading", "checkpoint.safetensors_folder"},
     {"block", "checkpoint.config_json", "checkpoint.orbax"},
     {"nnx", "linen", "checkpoint.huggingface", "testing.stacks"},
     {"checkpoint"},

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from gemma_mlp.activations import ACTIVATIONS, Activation
+from gemma_mlp.checkpoint.addresses import local_folder
 from gemma_mlp.checkpoint.safetensors_folder import read_json
 from gemma_mlp.checks import describe, positive_int, require, require_choice
 from gemma_mlp.config import MLPConfig
@@ -40,7 +41,7 @@ def read_config(folder: str | Path) -> Model:
     Raises:
       ValueError: if the file is missing, belongs to another model, or has an unknown value.
     """
-    path = Path(folder) / "config.json"
+    path = local_folder(folder) / "config.json"
     values = read_json(path)
     fix = "give the folder of the whole model, with the config.json that came with it."
     require("model_type" in values, f"{path} must have a model_type.", ", ".join(values) or "nothing", fix)

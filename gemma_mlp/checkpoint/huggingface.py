@@ -7,6 +7,7 @@ from typing import Any
 
 from gemma_mlp.activations import ACTIVATIONS
 from gemma_mlp.checkpoint import safetensors_folder
+from gemma_mlp.checkpoint.addresses import local_folder
 from gemma_mlp.checkpoint.config_json import NAMES, read_config
 from gemma_mlp.checkpoint.loading import Progress, Source, choose_layers, load, require_finite_layers
 from gemma_mlp.checks import describe, require
@@ -18,7 +19,7 @@ from gemma_mlp.params import MLPBlockParams
 
 def huggingface_shapes(folder: str | Path, *, dtype: Any = None) -> list[MLPBlockParams]:
     """The `jax.ShapeDtypeStruct`s of what :func:`read_huggingface` reads. All is checked except the values."""
-    return _source(Path(folder)).shapes(dtype)
+    return _source(local_folder(folder)).shapes(dtype)
 
 
 def read_huggingface(
@@ -36,7 +37,8 @@ def read_huggingface(
     at most one tensor is in memory.
 
     Args:
-      folder: holds config.json and safetensors, in one file or in shards with an index.
+      folder: holds config.json and safetensors, in one file or in shards with an index. It must be on this disk: a URL
+        or a name on the hub is refused.
       layers: the layers to read, such as [3] or range(2, 5); None: all.
       dtype: to cast to, from any of bfloat16, float16, float32 and float64; None: as in the file, which must not be
         float16.
@@ -52,7 +54,7 @@ def read_huggingface(
     Raises:
       ValueError: names the tensor, the file, what was expected and what was found.
     """
-    source = _source(Path(folder), layers)
+    source = _source(local_folder(folder), layers)
 
     def read(slot, index):
         return safetensors_folder.read_slot(source.file(slot.tensor), slot, index)
@@ -76,7 +78,8 @@ def update_huggingface(
       ValueError: as for :func:`read_huggingface`, or if shapes or dtypes are not those of the file. Then nothing is
         written.
     """
-    source = _source(Path(folder), layers)
+    folder = local_folder(folder)
+    source = _source(folder, layers)
     require(
         len(params) == len(source.slots),
         f"params must have parameters for {len(source.slots)} layers.",
@@ -95,7 +98,7 @@ def update_huggingface(
                 "cast the parameters: jax.tree.map(lambda leaf: leaf.astype(dtype), params).",
             )
     require_finite_layers(numbered)
-    safetensors_folder.update(Path(folder), {name: source.file(name) for name in tensors}, tensors)
+    safetensors_folder.update(folder, {name: source.file(name) for name in tensors}, tensors)
 
 
 def write_huggingface(
@@ -117,6 +120,7 @@ def write_huggingface(
       ValueError: if the folder exists, a shape is not that of the config, a number is not finite, or config.json has
         no name for the activation.
     """
+    folder = local_folder(folder, new=True)
     model_type = "gemma2" if config.post_norm else "gemma"
     activation = ACTIVATIONS[config.activation].huggingface
     require(
@@ -136,7 +140,7 @@ def write_huggingface(
         "hidden_activation": activation,
         "rms_norm_eps": config.norm_eps,
     }
-    safetensors_folder.create(Path(folder), tensors, settings, shard_bytes)
+    safetensors_folder.create(folder, tensors, settings, shard_bytes)
 
 
 def _source(folder: Path, layers: Sequence[int] | None = None) -> Source:

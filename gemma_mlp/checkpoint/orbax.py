@@ -10,7 +10,9 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore
+from etils import epath
 
+from gemma_mlp.checkpoint.addresses import orbax_path
 from gemma_mlp.checkpoint.loading import Progress, Source, choose_layers, load, require_finite_layers
 from gemma_mlp.checks import require
 from gemma_mlp.config import MLPConfig
@@ -39,7 +41,8 @@ def read_orbax(
     itself did, up to two are. This folder's README says why.
 
     Args:
-      path: the folder that Orbax's checkpointers write. For a CheckpointManager, give the item inside a step.
+      path: the folder that Orbax's checkpointers write, on this disk or in gs://BUCKET. For a CheckpointManager,
+        give the item inside a step.
       config: the block's sizes.
       layout: of the tree in the checkpoint; None: :func:`gemma_mlp.layouts.detect` tells it by the names.
       layers, dtype, shardings, stacked, progress: as for :func:`read_huggingface`.
@@ -50,10 +53,10 @@ def read_orbax(
     Raises:
       ValueError: as :func:`read_huggingface`.
     """
-    path = Path(path).absolute()
-    source = _source(path, config, layout, layers)
+    root = orbax_path(path)
+    source = _source(root, config, layout, layers)
     # Leaves of one tensor are read one after the other.
-    tensor = functools.lru_cache(1)(lambda name: _Tensor(path, name, source.tensors[name]))
+    tensor = functools.lru_cache(1)(lambda name: _Tensor(root, name, source.tensors[name]))
 
     def read(slot, index):
         return slot.read(tensor(slot.tensor), index)
@@ -65,7 +68,7 @@ def orbax_shapes(
     path: str | Path, config: MLPConfig, *, layout: Layout | None = None, dtype: Any = None
 ) -> list[MLPBlockParams]:
     """The `jax.ShapeDtypeStruct`s of what :func:`read_orbax` reads. All is checked except the values."""
-    return _source(Path(path).absolute(), config, layout).shapes(dtype)
+    return _source(orbax_path(path), config, layout).shapes(dtype)
 
 
 def write_orbax(path: str | Path, params: Sequence[MLPBlockParams], layout: Layout) -> None:
@@ -74,16 +77,16 @@ def write_orbax(path: str | Path, params: Sequence[MLPBlockParams], layout: Layo
     Raises:
       ValueError: if the path exists, a number is not finite, or :func:`gemma_mlp.layouts.to_tree` raises it.
     """
-    path = Path(path).absolute()
-    require(not path.exists(), "A checkpoint must be written to a new folder.", f"{path}, which exists", "use another.")
+    root = orbax_path(path)
+    require(not root.exists(), "A checkpoint must be written to a new folder.", f"{root}, which exists", "use another.")
     require_finite_layers(dict(enumerate(params)))
     tree = to_tree(params, layout)
     chunked = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES), tree)
     with ocp.PyTreeCheckpointer() as checkpointer:
-        checkpointer.save(path, args=ocp.args.PyTreeSave(tree, save_args=chunked))
+        checkpointer.save(root, args=ocp.args.PyTreeSave(tree, save_args=chunked))
 
 
-def _source(path: Path, config: MLPConfig, layout: Layout | None, layers: Sequence[int] | None = None) -> Source:
+def _source(path: epath.Path, config: MLPConfig, layout: Layout | None, layers: Sequence[int] | None = None) -> Source:
     """Where the layers are."""
     try:
         with ocp.PyTreeCheckpointer() as checkpointer:
@@ -103,13 +106,16 @@ def _source(path: Path, config: MLPConfig, layout: Layout | None, layers: Sequen
 class _Tensor:
     """A tensor in a checkpoint. TensorStore reads any part of it; Orbax itself restores whole tensors only."""
 
-    def __init__(self, path: Path, name: str, metadata: Any):
+    def __init__(self, path: epath.Path, name: str, metadata: Any):
         self._where = f"{name} in {path}"
-        folder = {"driver": "file", "path": f"{path}/"}
+        store: dict[str, Any] = {"driver": "file", "path": f"{path}/"}
+        if str(path).startswith("gs://"):
+            bucket, _, key = str(path).removeprefix("gs://").partition("/")
+            store = {"driver": "gcs", "bucket": bucket, "path": f"{key}/"}
         if ocp.type_handlers.is_ocdbt_checkpoint(path):
-            store = {"driver": "ocdbt", "base": folder, "path": f"{metadata.name}/"}
+            store = {"driver": "ocdbt", "base": store, "path": f"{metadata.name}/"}
         else:
-            store = {**folder, "path": f"{path}/{metadata.name}/"}
+            store["path"] += f"{metadata.name}/"
         # Parts of one chunk are read one after the other. With a cache of two chunks, each is unpacked only once.
         cache_bytes = 2 * math.prod(metadata.storage.chunk_shape) * metadata.dtype.itemsize
         context = tensorstore.Context({"cache_pool": {"total_bytes_limit": cache_bytes}})

@@ -154,7 +154,7 @@ MALFORMED = {  # name: (what makes it, the error)
     "only a pickle": (pickled, r"must hold either .* \w+: config\.json and pytorch_model\.bin.*never opened"),
     "two forms": (
         both,
-        r"holds model\.safetensors and model\.safetensors\.index\.json, so they must agree that the one file holds every tensor\. "
+        r"must agree that the one file holds every tensor\. "
         r"\w+: model\.\S+, which is in model\.safetensors; the index says 'model-0000\d-of-00003\.safetensors'",
     ),
     "an index that lacks a tensor of the single file": (

@@ -52,6 +52,15 @@ def test_gemma_1_by_t5x_and_a_new_hugging_face_folder(tmp_path):
     assert equal(checkpoint.read_huggingface(tmp_path / "c"), params(arrays(GEMMA1)))
 
 
+def test_addresses_in_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    write(tmp_path / "a", arrays())
+    run("--source=~/a", "--target=~/b", "--to=tunix")
+    run("--source=~/b", *ORBAX, "--target=~/a", "--to=huggingface")
+    with pytest.raises(SystemExit, match="The target must be new"):
+        run("--source=~/a", "--target=~/b", "--to=tunix")
+
+
 @pytest.mark.parametrize("transpose", [False, True])
 def test_an_orientation_that_shapes_do_not_tell_is_asked_for(tmp_path, transpose):
     config = MLPConfig(D, D, post_norm=False)
@@ -94,6 +103,9 @@ def test_a_dry_run_writes_nothing(tmp_path, capsys):
         (["--source=absent", "--target=new", "--to=tunix"], "The model of an Orbax checkpoint must be given"),
         (["--source=absent", *ORBAX, "--target=new", "--to=tunix"], "absent must be an Orbax checkpoint"),
         (["--source=source", "--target=source", "--to=tunix"], "The target must be new"),
+        (["--source=source", "--target=gs://a/b", "--to=huggingface"], "on this disk.*'gs://a/b', a URL.*copy that"),
+        (["--source=source", "--target=s3://a/b", "--to=tunix"], "or a gs:// URL as a string.*'s3://a/b'"),
+        (["--source=s3://a/b", *ORBAX, "--target=new", "--to=tunix"], "or a gs:// URL as a string.*'s3://a/b'"),
         (["--source=source", "--target=new", "--to=deepmind"], "orientation .* must be chosen"),
         (["--source=source", "--target=new", "--to=t5x"], "The layout must have a place for"),
     ],
