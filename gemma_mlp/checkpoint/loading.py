@@ -158,7 +158,8 @@ def read_parts(
             index = (*(slice(*bounds) for bounds in rest), slice(start, min(start + step, last)))
             data = read(index)
             for replica, device in enumerate(devices):
-                yield Part(index, jax.block_until_ready(jax.device_put(data, device)), device, replica)
+                place = SingleDeviceSharding(device, memory_kind=sharding.memory_kind)
+                yield Part(index, jax.block_until_ready(jax.device_put(data, place)), device, replica)
             del data
 
 
@@ -192,7 +193,8 @@ class _Stack:
         """Takes one leaf. Returns how many of its numbers are not finite."""
         sharding, not_finite = self._shardings[leaf], 0
         if isinstance(sharding, NamedSharding):  # that of one layer
-            sharding = NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[1:]))
+            spec, memory_kind = PartitionSpec(*sharding.spec[1:]), sharding.memory_kind
+            sharding = NamedSharding(sharding.mesh, spec, memory_kind=memory_kind)
         for part in read_parts(read, self._shapes[leaf][1:], sharding, STACK_PARTS):
             self._write(layer, leaf, part)
             not_finite += 0 if part.replica else count_not_finite(part.data)
@@ -203,7 +205,9 @@ class _Stack:
         """Writes a part into its device's shard of the stack, unless the layer lies in another device's shard."""
         shape, sharding, stacks = self._shapes[leaf], self._shardings[leaf], self._stacks[leaf]
         if part.device not in stacks:
-            stacks[part.device] = _new_stack(sharding.shard_shape(shape), part.data.dtype, part.device)
+            of_host = part.data.sharding.memory_kind != part.device.default_memory().kind
+            make = _host_stack if of_host else functools.partial(_new_stack, device=part.device)
+            stacks[part.device] = make(sharding.shard_shape(shape), part.data.dtype)
         stack = stacks[part.device]
         held = sharding.addressable_devices_indices_map(shape)[part.device]
         start = [(to.start or 0) - (own.start or 0) for to, own in zip((slice(layer, None), *part.index), held)]
@@ -217,20 +221,26 @@ class _Stack:
     def params(self) -> MLPBlockParams:
         stacks = {}
         for leaf, parts in self._stacks.items():
-            arrays = [jax.device_put(stack, device, may_alias=True) for device, stack in parts.items()]
             shape, sharding = self._shapes[leaf], self._shardings[leaf]
+            arrays = []
+            for device in list(parts):
+                place = SingleDeviceSharding(device, memory_kind=sharding.memory_kind)
+                arrays.append(jax.device_put(parts.pop(device), place, may_alias=True))
             stacks[leaf] = jax.make_array_from_single_device_arrays(shape, sharding, arrays)
         return make_params(stacks)
 
 
 def _new_stack(shape: tuple[int, ...], dtype: Any, device: Any) -> jax.Array | np.ndarray:
-    """Zeros on a device. For a CPU they are NumPy's, in memory that JAX can use without a copy.
+    """Zeros on a device. For a CPU they are those of :func:`_host_stack`.
 
-    NumPy's zeros take no memory until they are written. JAX's zeros take the memory of the whole stack at once. With
-    them, reading an Orbax checkpoint that has one chunk for each tensor would need twice as much besides the result.
+    JAX's zeros take the memory of the whole stack at once. With them, reading an Orbax checkpoint that has one chunk
+    for each tensor would need twice as much besides the result.
     """
-    if device.platform != "cpu":
-        return jnp.zeros(shape, dtype, device=device)
+    return _host_stack(shape, dtype) if device.platform == "cpu" else jnp.zeros(shape, dtype, device=device)
+
+
+def _host_stack(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+    """NumPy's zeros, which take no memory until they are written, where JAX on a CPU can use them without a copy."""
     size = math.prod(shape) * dtype.itemsize
     memory = np.zeros(size + ALIGNMENT, np.uint8)
     start = -memory.ctypes.data % ALIGNMENT
@@ -250,6 +260,9 @@ def _all_finite(array):
 
 def count_not_finite(array: Any) -> int:
     """The number of infinities and NaNs in an array."""
+    if isinstance(array, jax.Array):  # XLA computes in a device's own memory
+        own = next(iter(array.sharding.device_set)).default_memory().kind
+        array = jax.device_put(array, array.sharding.with_memory_kind(own))
     # On a CPU, sum() takes four bytes for each number, all() only one. So sum only if some are not finite.
     return 0 if _all_finite(array) else int((~jnp.isfinite(array)).sum())
 
