@@ -4,13 +4,13 @@ All reads and writes of these files are here. The writes are safe against a cras
 does its own crash-safe writes, which checkpoint/orbax.py calls.
 """
 
+import contextlib
 import json
 import os
 import re
 import shutil
 import uuid
 from collections.abc import Callable, Container, Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
@@ -88,7 +88,7 @@ def list_files(folder: Path) -> dict[str, Path]:
     return files
 
 
-@contextmanager
+@contextlib.contextmanager
 def opened(path: Path) -> Iterator[Any]:
     """An open safetensors file. If the file is not sound, the error is a ValueError that names it."""
     try:
@@ -134,11 +134,15 @@ def create(folder: Path, tensors: Mapping[str, Callable[[], Any]], config: Mappi
     partial = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}")
     partial.mkdir(parents=True)
     try:
+        _write_json(partial / "config.json", config)
         shards: list[list[str]] = []  # names of tensors
+        total = 0
         for shard in _shards(tensors, shard_bytes):
-            safetensors.numpy.save_file(shard, partial / f"shard-{len(shards)}", metadata={"format": "pt"})
+            path = partial / f"shard-{len(shards)}"
+            safetensors.numpy.save_file(shard, path, metadata={"format": "pt"})
+            shutil.copymode(partial / "config.json", path)  # which is as the umask says; safetensors makes it private
             shards.append(list(shard))
-        total = sum(path.stat().st_size for path in partial.iterdir())
+            total += path.stat().st_size
         count = len(shards)
         names = [SINGLE] if count == 1 else [f"model-{i + 1:05}-of-{count:05}.safetensors" for i in range(count)]
         for i, name in enumerate(names):
@@ -146,7 +150,6 @@ def create(folder: Path, tensors: Mapping[str, Callable[[], Any]], config: Mappi
         if count > 1:
             weight_map = {tensor: name for shard, name in zip(shards, names) for tensor in shard}
             _write_json(partial / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
-        _write_json(partial / "config.json", config)
         for path in (*partial.iterdir(), partial):
             _sync(path)
         os.replace(partial, folder)
@@ -190,6 +193,7 @@ def update(folder: Path, files: Mapping[str, Path], tensors: Mapping[str, Callab
                 for name, file in index["weight_map"].items()
             }
             _write_json(fresh_index, index)
+            _make_alike(fresh_index, folder / INDEX)
             _sync(fresh_index)
         _sync(folder)
     except BaseException:
@@ -208,6 +212,7 @@ def update(folder: Path, files: Mapping[str, Path], tensors: Mapping[str, Callab
 
 
 def _rewrite(path: Path, fresh: Path, tensors: Mapping[str, Any]) -> None:
+    fresh.touch(mode=0o600)  # the old file may be private
     shutil.copyfile(path, fresh)
     with fresh.open("r+b") as file:
         # safetensors does not say where a tensor begins. A file starts with eight bytes of length, then JSON.
@@ -217,7 +222,18 @@ def _rewrite(path: Path, fresh: Path, tensors: Mapping[str, Any]) -> None:
             file.seek(8 + length + header[name]["data_offsets"][0])
             file.write(np.ascontiguousarray(array()).reshape(-1).view(np.uint8).data)
         file.flush()
+        _make_alike(fresh, path)
         os.fsync(file.fileno())
+
+
+def _make_alike(fresh: Path, old: Path) -> None:
+    """Gives a file the mode of an old one and, where this user may do that, its owner and group."""
+    status = old.stat()
+    for owner, group in ((status.st_uid, status.st_gid), (-1, status.st_gid)):
+        with contextlib.suppress(OSError):
+            os.chown(fresh, owner, group)
+            break
+    shutil.copymode(old, fresh)
 
 
 def _write_json(path: Path, value: Mapping[str, Any]) -> None:
