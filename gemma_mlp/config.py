@@ -109,5 +109,15 @@ PRESETS: types.MappingProxyType[str, MLPConfig] = types.MappingProxyType(
         gemma3_4b=_preset(2560, 10240),
         gemma3_12b=_preset(3840, 15360),
         gemma3_27b=_preset(5376, 21504),
+        # EmbeddingGemma report (arXiv:2509.20354), section 2: d_model 768, d_ff 1152.
+        embeddinggemma_300m=_preset(768, 1152),
+        # T5Gemma's own sizes, of encoder and decoder alike: DeepMind's gemma 4.0.1, research/t5gemma/config.py.
+        t5gemma_s=_preset(512, 1024),
+        t5gemma_b=_preset(768, 2048),
+        t5gemma_l=_preset(1024, 2816),
+        t5gemma_ml=_preset(1152, 6912),
+        t5gemma_xl=_preset(2048, 5120),
+        # VaultGemma report (arXiv:2510.15001), which prints 2F = 13824. D follows from its 1.04 B parameters.
+        vaultgemma_1b=_preset(1152, 6912, post_norm=False),
     )
 )

@@ -31,6 +31,7 @@ PRESET = flags.DEFINE_enum("preset", None, list(PRESETS), "The model of an Orbax
 EMBED_DIM = flags.DEFINE_integer("embed_dim", None, "D of an Orbax source, instead of --preset.", lower_bound=1)
 HIDDEN_DIM = flags.DEFINE_integer("hidden_dim", None, "F of an Orbax source, instead of --preset.", lower_bound=1)
 POST_NORM = flags.DEFINE_boolean("post_norm", True, "Whether an Orbax source has a norm after the MLP (Gemma 1: no).")
+PART = flags.DEFINE_enum("part", None, ["encoder", "decoder"], "The part of a Hugging Face folder of a T5Gemma.")
 TRANSPOSE = flags.DEFINE_boolean(
     "transpose_gating_einsum", None, "deepmind*: write gating_einsum as (2, F, D), or else (2, D, F)."
 )
@@ -63,17 +64,18 @@ def convert(source: str, target: str) -> None:
     checks.require(in_place or not exists, "The target must be new.", f"{target}, which exists", "use another.")
     if DRY_RUN.value:
         if in_place:
-            checkpoint.huggingface_shapes(target)
+            checkpoint.huggingface_shapes(target, part=PART.value)
         print("Dry run: nothing is written.")
         return
-    params = read(source, config, source_layout, "reading")
+    params = read(source, config, source_layout, PART.value, "reading")
     if in_place:
-        checkpoint.update_huggingface(target, params)
+        checkpoint.update_huggingface(target, params, part=PART.value)
     elif TO.value == "huggingface":
         checkpoint.write_huggingface(target, params, config)
     else:
         checkpoint.write_orbax(target, params, layout)
-    require_same(params, read(target, config, layout, "verifying"))
+    part = PART.value if in_place else None  # a new folder has no parts
+    require_same(params, read(target, config, layout, part, "verifying"))
     print(f"{target}: {len(params)} layers, read back and the same, bit for bit.")
 
 
@@ -83,7 +85,7 @@ def is_huggingface(path: str) -> bool:
 
 def source_config(source: str) -> MLPConfig:
     if is_huggingface(source):
-        return checkpoint.read_config(source).config
+        return checkpoint.read_config(source, part=PART.value).config
     if PRESET.value:
         return PRESETS[PRESET.value]
     if EMBED_DIM.value and HIDDEN_DIM.value:
@@ -107,14 +109,16 @@ def make_layout(name: str, config: MLPConfig, transpose: bool | None) -> layouts
 
 def read_shapes(path: str, config: MLPConfig, layout: layouts.Layout | None) -> list[MLPBlockParams]:
     if is_huggingface(path):
-        return checkpoint.huggingface_shapes(path, dtype=DTYPE.value)
+        return checkpoint.huggingface_shapes(path, part=PART.value, dtype=DTYPE.value)
     return checkpoint.orbax_shapes(path, config, layout=layout, dtype=DTYPE.value)
 
 
-def read(path: str, config: MLPConfig, layout: layouts.Layout | None, what: str) -> list[MLPBlockParams]:
+def read(
+    path: str, config: MLPConfig, layout: layouts.Layout | None, part: str | None, what: str
+) -> list[MLPBlockParams]:
     progress = functools.partial(tqdm, desc=what, unit="tensor")
     if is_huggingface(path):
-        return checkpoint.read_huggingface(path, dtype=DTYPE.value, progress=progress)
+        return checkpoint.read_huggingface(path, part=part, dtype=DTYPE.value, progress=progress)
     return checkpoint.read_orbax(path, config, layout=layout, dtype=DTYPE.value, progress=progress)
 
 

@@ -1,4 +1,4 @@
-"""Reads, updates and writes the block's parameters in Hugging Face folders of Gemma 1, 2 and 3."""
+"""Reads, updates and writes the block's parameters in Hugging Face folders of Gemma and the models made from it."""
 
 import re
 from collections.abc import Iterable, Sequence
@@ -8,7 +8,7 @@ from typing import Any
 from gemma_mlp.activations import ACTIVATIONS
 from gemma_mlp.checkpoint import safetensors_folder
 from gemma_mlp.checkpoint.addresses import local_folder
-from gemma_mlp.checkpoint.config_json import NAMES, read_config
+from gemma_mlp.checkpoint.config_json import NAMES, read_kind
 from gemma_mlp.checkpoint.loading import Progress, Source, choose_layers, load, require_finite_layers
 from gemma_mlp.checks import describe, require
 from gemma_mlp.config import MLPConfig
@@ -17,21 +17,22 @@ from gemma_mlp.layouts.trees import block_leaves, stored_tensors
 from gemma_mlp.params import MLPBlockParams
 
 
-def huggingface_shapes(folder: str | Path, *, dtype: Any = None) -> list[MLPBlockParams]:
+def huggingface_shapes(folder: str | Path, *, part: str | None = None, dtype: Any = None) -> list[MLPBlockParams]:
     """The `jax.ShapeDtypeStruct`s of what :func:`read_huggingface` reads. All is checked except the values."""
-    return _source(local_folder(folder)).shapes(dtype)
+    return _source(local_folder(folder), None, part).shapes(dtype)
 
 
 def read_huggingface(
     folder: str | Path,
     *,
     layers: Sequence[int] | None = None,
+    part: str | None = None,
     dtype: Any = None,
     shardings: Any = None,
     stacked: bool = False,
     progress: Progress | None = None,
 ) -> Any:
-    """The block's parameters from a Hugging Face folder of Gemma 1, 2 or 3. No other tensor is read.
+    """The block's parameters from a Hugging Face folder of a Gemma. No other tensor is read.
 
     It returns only if every tensor is there, has the shape that config.json says, and is finite. Besides the result,
     at most one tensor is in memory.
@@ -40,6 +41,7 @@ def read_huggingface(
       folder: holds config.json and safetensors, in one file or in shards with an index. It must be on this disk: a URL
         or a name on the hub is refused.
       layers: the layers to read, such as [3] or range(2, 5); None: all.
+      part: of a T5Gemma: "encoder" or "decoder"; None for all other models.
       dtype: to cast to, from any of bfloat16, float16, float32 and float64; None: as in the file, which must not be
         float16.
       shardings: a device, or an `MLPBlockParams` of shardings (of the stacked leaves if `stacked`); None: the default
@@ -54,7 +56,7 @@ def read_huggingface(
     Raises:
       ValueError: names the tensor, the file, what was expected and what was found.
     """
-    source = _source(local_folder(folder), layers)
+    source = _source(local_folder(folder), layers, part)
 
     def read(slot, index):
         return safetensors_folder.read_slot(source.file(slot.tensor), slot, index)
@@ -63,7 +65,11 @@ def read_huggingface(
 
 
 def update_huggingface(
-    folder: str | Path, params: Sequence[MLPBlockParams], *, layers: Sequence[int] | None = None
+    folder: str | Path,
+    params: Sequence[MLPBlockParams],
+    *,
+    layers: Sequence[int] | None = None,
+    part: str | None = None,
 ) -> None:
     """Writes layers back into a Hugging Face folder. Every other tensor and all metadata stay as they are.
 
@@ -73,13 +79,14 @@ def update_huggingface(
       folder: as for :func:`read_huggingface`.
       params: of the layers, in the dtype of the file.
       layers: the layers to write; None: all.
+      part: as for :func:`read_huggingface`.
 
     Raises:
       ValueError: as for :func:`read_huggingface`, or if shapes or dtypes are not those of the file. Then nothing is
         written.
     """
     folder = local_folder(folder)
-    source = _source(folder, layers)
+    source = _source(folder, layers, part)
     require(
         len(params) == len(source.slots),
         f"params must have parameters for {len(source.slots)} layers.",
@@ -143,25 +150,26 @@ def write_huggingface(
     safetensors_folder.create(folder, tensors, settings, shard_bytes)
 
 
-def _source(folder: Path, layers: Sequence[int] | None = None) -> Source:
+def _source(folder: Path, layers: Sequence[int] | None, part: str | None) -> Source:
     """Where the layers are. It reads the headers of those files that hold them, and opens no other file."""
-    config, num_layers = read_config(folder)
+    kind, (config, num_layers) = read_kind(folder, part)
     files = safetensors_folder.list_files(folder)
-    layout = huggingface(config, _prefix(files, folder))
+    layout = huggingface(config, _prefix(files, folder, part), pre_norm=kind.pre_norm)
     numbers = choose_layers(num_layers, layers)
     wanted = {layout.name(stored, number) for number in numbers for stored in layout.stored}
     tensors = safetensors_folder.read_headers(files, wanted)
     return Source.of(layout, tensors, num_layers, numbers, lambda name: files.get(name, folder))
 
 
-def _prefix(names: Iterable[str], folder: Path) -> str:
-    """What stands before `layers.0`: "model." or, in models with images, one of two longer prefixes."""
+def _prefix(names: Iterable[str], folder: Path, part: str | None) -> str:
+    """What stands before `layers.0`: "model.", or a longer prefix in models of several parts."""
     pattern = re.compile(r"(.*\b|)layers\.\d+\.mlp\.(?:gate|up|down)_proj\.weight")
     prefixes = {match[1] for name in names if (match := pattern.fullmatch(name))}
+    prefixes = {prefix for prefix in prefixes if part is None or part in prefix.split(".")}
     require(
         len(prefixes) <= 1,
         f"{folder} must hold only one model that has layers with an MLP of this kind.",
         f"{len(prefixes)}: {', '.join(sorted(prefixes))}",
         "keep each model in a folder of its own.",
     )
-    return prefixes.pop() if prefixes else "model."
+    return prefixes.pop() if prefixes else f"model.{part}." if part else "model."

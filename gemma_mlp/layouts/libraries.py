@@ -17,13 +17,19 @@ from gemma_mlp.layouts.layout import Layout, Stored
 from gemma_mlp.params import LEAVES, WEIGHTS
 
 
-def huggingface(config: MLPConfig, prefix: str = "model.") -> Layout:
-    """Hugging Face transformers' Gemma 1, 2 and 3 (`modeling_gemma*.py`). Weights are stored (out, in).
+def huggingface(config: MLPConfig, prefix: str = "model.", *, pre_norm: str | None = None) -> Layout:
+    """Hugging Face transformers' Gemma models (`modeling_gemma*.py`). Weights are stored (out, in).
 
-    Gemma 1 calls the norm before the MLP `post_attention_layernorm`. In Gemma 2 and 3 that name belongs to attention,
+    Gemma 1 calls the norm before the MLP `post_attention_layernorm`. In later models that name belongs to attention,
     and this block's norms are `pre_feedforward_layernorm` and `post_feedforward_layernorm`.
+
+    Args:
+      config: the block's sizes.
+      prefix: stands before every name.
+      pre_norm: the name of the norm before the MLP; None: that of Gemma 1 if the block has no post-norm, else that of
+        later models. VaultGemma has the later name and no post-norm.
     """
-    pre = "pre_feedforward_layernorm" if config.post_norm else "post_attention_layernorm"
+    pre = pre_norm or ("pre_feedforward_layernorm" if config.post_norm else "post_attention_layernorm")
     return Layout(
         config,
         layer=prefix + "layers.{layer}",
@@ -236,6 +242,7 @@ def detect(names: Iterable[str], config: MLPConfig) -> Layout:
     options = {  # arguments of layouts, as the names tell them
         "attention_types": 1 + max(map(int, types), default=0),
         "groups": ("_local", "_global") if any("/mlp_local/" in name for name in names) else ("",),
+        "pre_norm": "pre_feedforward_layernorm" if any(".pre_feedforward_" in name for name in names) else None,
     }
     makers = {}
     found: Counter[tuple[str, str]] = Counter()

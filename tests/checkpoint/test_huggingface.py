@@ -12,8 +12,8 @@ import safetensors.numpy
 
 from gemma_mlp import MLPConfig, checkpoint, layouts
 from gemma_mlp.checkpoint import loading, safetensors_folder
-from tests.support.by_hand import CONFIG, LAYERS, D, F, arrays, equal, huggingface, params
-from tests.support.huggingface_folder import SETTINGS, load, others, write
+from tests.support.by_hand import CONFIG, GEMMA1, LAYERS, D, F, arrays, equal, huggingface, params
+from tests.support.huggingface_folder import SETTINGS, load, others, save, write
 
 
 @pytest.mark.parametrize("shards", [1, 3])
@@ -30,6 +30,43 @@ def test_stacks_for_scan(tmp_path, shards):
     assert equal(checkpoint.read_huggingface(folder, stacked=True), layouts.stack(params(arrays())))
     chosen = checkpoint.read_huggingface(folder, layers=[3, 1], stacked=True)
     assert equal(chosen, layouts.stack([params(arrays())[3], params(arrays())[1]]))
+
+
+VAULT = {"pre_feedforward_layernorm": "pre_norm"}
+
+
+@pytest.mark.parametrize("stacked", [False, True])
+def test_vaultgemma_has_the_later_name_of_the_norm_and_no_post_norm(tmp_path, stacked):
+    layers = arrays(GEMMA1)
+    save(tmp_path / "model.safetensors", huggingface(layers, VAULT))
+    (tmp_path / "config.json").write_text(json.dumps(SETTINGS | {"model_type": "vaultgemma"}))
+    expected = layouts.stack(params(layers)) if stacked else params(layers)
+    assert equal(checkpoint.read_huggingface(tmp_path, stacked=stacked), expected)
+    checkpoint.update_huggingface(tmp_path, params(layers)[::-1])
+    assert equal(load(tmp_path), huggingface(layers[::-1], VAULT))
+
+
+@pytest.mark.parametrize("name", ["t5gemma", "t5gemma2"])
+def test_each_part_of_an_encoder_decoder(tmp_path, name):
+    """The parts may differ in size. Reading and writing one leaves the other as it is."""
+    parts = {"encoder": (CONFIG, arrays()), "decoder": (MLPConfig(D, 2 * F), arrays(MLPConfig(D, 2 * F), 3))}
+    tensors, said = {}, {}
+    for part, (config, layers) in parts.items():
+        tensors |= {key.replace("model.", f"model.{part}."): value for key, value in huggingface(layers).items()}
+        said[part] = {"hidden_size": D, "intermediate_size": config.hidden_dim, "num_hidden_layers": len(layers)}
+    if name == "t5gemma2":
+        said["encoder"] = {"text_config": said["encoder"]}
+    save(tmp_path / "model.safetensors", tensors)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": name} | said))
+    for part, (config, layers) in parts.items():
+        assert checkpoint.read_config(tmp_path, part=part) == (config, len(layers))
+        assert equal(checkpoint.read_huggingface(tmp_path, part=part), params(layers))
+        assert len(checkpoint.huggingface_shapes(tmp_path, part=part)) == len(layers)
+    with pytest.raises(ValueError, match="part must be 'encoder' or 'decoder'"):
+        checkpoint.read_huggingface(tmp_path)
+    checkpoint.update_huggingface(tmp_path, params(arrays())[::-1], part="encoder")
+    assert equal(checkpoint.read_huggingface(tmp_path, part="encoder"), params(arrays())[::-1])
+    assert equal(checkpoint.read_huggingface(tmp_path, part="decoder"), params(parts["decoder"][1]))
 
 
 def test_casts(tmp_path):

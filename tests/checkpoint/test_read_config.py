@@ -39,7 +39,7 @@ def test_config(tmp_path, name):
     [
         (
             {"model_type": "llama"},
-            r"model_type in .*config.json .* one of gemma, gemma2, gemma3_text. \w+: 'llama'",
+            r"model_type in .*config.json .* one of gemma, gemma2, gemma3_text, .*gemma3, .*\. \w+: 'llama'",
         ),
         ({"model_type": None}, r"\w+: None"),
         ({"model_type": "gemma3"}, "must have a text_config"),
@@ -64,6 +64,19 @@ DEFAULTS = {  # model_type: D, F, layers, activation, eps and post-norm where a 
     "gemma": (3072, 24576, 28, "gelu_tanh", 1e-6, False),  # GemmaConfig
     "gemma2": GEMMA2,
     "gemma3_text": GEMMA2,
+    "vaultgemma": (*GEMMA2[:-1], False),
+    "t5_gemma_module": GEMMA2,
+    "t5gemma2_text": GEMMA2,
+    "t5gemma2_decoder": GEMMA2,
+}
+NESTED = {  # model_type, part: the keys that lead to the values of its layers, their type
+    ("gemma3", None): (["text_config"], "gemma3_text"),
+    ("shieldgemma2", None): (["text_config"], "gemma3_text"),
+    ("paligemma", None): (["text_config"], "gemma"),
+    ("t5gemma", "encoder"): (["encoder"], "t5_gemma_module"),
+    ("t5gemma", "decoder"): (["decoder"], "t5_gemma_module"),
+    ("t5gemma2", "encoder"): (["encoder", "text_config"], "t5gemma2_text"),
+    ("t5gemma2", "decoder"): (["decoder"], "t5gemma2_decoder"),
 }
 
 
@@ -83,16 +96,48 @@ def test_what_a_config_leaves_out_is_the_default_of_its_class(tmp_path, model_ty
     assert checkpoint.read_config(tmp_path) == (expected, LAYERS)
 
 
-@pytest.mark.parametrize("outer", config_json.NESTED)
-def test_a_nested_config_has_defaults_too(tmp_path, outer):
+def nest(outer, keys, values):
+    for key in reversed(keys):
+        values = {key: values}
+    return {"model_type": outer} | values
+
+
+@pytest.mark.parametrize(("outer", "part"), NESTED)
+def test_a_nested_config_has_defaults_too(tmp_path, outer, part):
     """As the released config.json files of Gemma 3 4B, 12B and 27B, which state the geometry and little else."""
-    key, inner = config_json.NESTED[outer]
+    keys, inner = NESTED[outer, part]
     stated = {"hidden_size": 2560, "intermediate_size": 10240, "num_hidden_layers": 34, "sliding_window": 1024}
+    post_norm = DEFAULTS[inner][-1]
+    expected = MLPConfig(2560, 10240, activation="gelu_tanh", norm_eps=1e-6, post_norm=post_norm)
     for model_type in ({}, {"model_type": inner}):
-        (tmp_path / "config.json").write_text(json.dumps({"model_type": outer, key: stated | model_type}))
-        post_norm = DEFAULTS[inner][-1]
-        expected = MLPConfig(2560, 10240, activation="gelu_tanh", norm_eps=1e-6, post_norm=post_norm)
-        assert checkpoint.read_config(tmp_path) == (expected, 34)
+        (tmp_path / "config.json").write_text(json.dumps(nest(outer, keys, stated | model_type)))
+        assert checkpoint.read_config(tmp_path, part=part) == (expected, 34)
+    with pytest.raises(ValueError, match=rf"part must be .*{outer}.*choose the stack of layers with part="):
+        checkpoint.read_config(tmp_path, part=None if part else "encoder")
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": outer}))
+    with pytest.raises(ValueError, match=rf"must have a {'.'.join(keys)}"):
+        checkpoint.read_config(tmp_path, part=part)
+
+
+def test_there_are_no_other_nested_types():
+    assert set(NESTED) == {(outer, part) for outer, parts in config_json.NESTED.items() for part in parts}
+
+
+def test_paligemma_2_says_that_its_language_model_is_gemma_2(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "paligemma", "text_config": SETTINGS}))
+    assert checkpoint.read_config(tmp_path) == (MLPConfig(D, F), LAYERS)
+
+
+def test_t5gemma_has_one_dropout_rate_for_both_parts(tmp_path):
+    """transformers overwrites that of each part by it. In other models the name means nothing."""
+    part = SETTINGS | {"model_type": "t5_gemma_module", "dropout_rate": 0.5}
+    values = {"model_type": "t5gemma", "encoder": part, "decoder": part}
+    for said, expected in (({}, 0.0), ({"dropout_rate": 0.1}, 0.1)):
+        (tmp_path / "config.json").write_text(json.dumps(values | said))
+        for name in ("encoder", "decoder"):
+            assert checkpoint.read_config(tmp_path, part=name).config.dropout_rate == expected
+    (tmp_path / "config.json").write_text(json.dumps(SETTINGS | {"dropout_rate": 0.5}))
+    assert checkpoint.read_config(tmp_path).config.dropout_rate == 0
 
 
 def test_a_default_stands_for_no_value_that_is_there(tmp_path):

@@ -14,6 +14,7 @@ with contextlib.suppress(ModuleNotFoundError):  # then tests/conftest.py leaves 
 
 from gemma_mlp import checkpoint, mlp_block
 from gemma_mlp.checkpoint import config_json
+from gemma_mlp.layouts.trees import block_leaves
 from gemma_mlp.testing.oracle import relative_error
 
 pytestmark = pytest.mark.needs_peers
@@ -44,12 +45,42 @@ def gemma3_with_images():
     return transformers.Gemma3ForConditionalGeneration(config)
 
 
+def paligemma(model_type):
+    config = transformers.PaliGemmaConfig(
+        text_config=SIZES | {"model_type": model_type}, vision_config=VISION, projection_dim=SIZES["hidden_size"]
+    )
+    return transformers.PaliGemmaForConditionalGeneration(config)
+
+
+def t5gemma():
+    decoder = SIZES | {"intermediate_size": 40, "num_hidden_layers": 2}
+    return transformers.T5GemmaForConditionalGeneration(transformers.T5GemmaConfig(encoder=SIZES, decoder=decoder))
+
+
+def t5gemma2():
+    encoder = {"text_config": SIZES, "vision_config": VISION}
+    decoder = SIZES | {"num_hidden_layers": 2}
+    return transformers.T5Gemma2ForConditionalGeneration(transformers.T5Gemma2Config(encoder=encoder, decoder=decoder))
+
+
+def shieldgemma2():
+    config = transformers.ShieldGemma2Config(text_config=SIZES, vision_config=VISION)
+    return transformers.ShieldGemma2ForImageClassification(config)
+
+
 MODELS = {
     "Gemma 1": lambda: transformers.GemmaForCausalLM(transformers.GemmaConfig(**SIZES)),
     "Gemma 2": lambda: transformers.Gemma2ForCausalLM(transformers.Gemma2Config(**SIZES)),
     "Gemma 3": lambda: transformers.Gemma3ForCausalLM(transformers.Gemma3TextConfig(**SIZES)),
     "Gemma 3 with images": gemma3_with_images,
+    "VaultGemma": lambda: transformers.VaultGemmaForCausalLM(transformers.VaultGemmaConfig(**SIZES)),
+    "PaliGemma": lambda: paligemma("gemma"),
+    "PaliGemma 2": lambda: paligemma("gemma2"),
+    "ShieldGemma 2": shieldgemma2,
+    "T5Gemma": t5gemma,
+    "T5Gemma 2": t5gemma2,
 }
+PARTS = {"T5Gemma": ("encoder", "decoder"), "T5Gemma 2": ("encoder", "decoder")}
 
 
 def make(name, dtype="float32"):
@@ -67,13 +98,26 @@ def save(model, folder, sharded):
     assert len(list(folder.glob("*.safetensors"))) > 1 if sharded else (folder / "model.safetensors").exists()
 
 
-def language_model(model):
-    return getattr(model.model, "language_model", model.model)
+def parts_of(name):
+    return PARTS.get(name, (None,))
+
+
+def their_layers(model, part):
+    """The layers of the language model, or of a part of it."""
+    stack = model.model
+    for attribute in ("model", part or "language_model", "text_model"):
+        stack = getattr(stack, attribute, stack)
+    return stack.layers
 
 
 def logits(model):
+    tokens = {"input_ids": torch.arange(12)[None] % 32}
+    if isinstance(model, transformers.ShieldGemma2ForImageClassification):
+        model = model.model
+    if model.config.is_encoder_decoder:
+        tokens["decoder_input_ids"] = tokens["input_ids"] + 1
     with torch.no_grad():
-        return model(input_ids=torch.arange(12)[None] % 32).logits
+        return model(**tokens).logits
 
 
 def mlp_half(layer, x):
@@ -81,12 +125,24 @@ def mlp_half(layer, x):
 
     class NoAttention(torch.nn.Module):
         def forward(self, hidden_states, **_):
-            return torch.zeros_like(hidden_states), None
+            return torch.zeros_like(hidden_states), *([None] * outputs)
 
-    layer.self_attn = NoAttention()
-    with torch.no_grad():
-        output = layer(x, position_embeddings=(x, x), position_ids=torch.arange(x.shape[1])[None])
-    return (output[0] if isinstance(output, tuple) else output).numpy()
+    outputs = 2 if type(layer).__name__ == "T5Gemma2DecoderLayer" else 1
+    for attention in {"self_attn", "cross_attn"} & set(dict(layer.named_children())):
+        setattr(layer, attention, NoAttention())
+    more = {} if outputs == 1 else {"merged_attention_mask": None, "encoder_hidden_states": x}
+    output = layer(x, position_embeddings=(x, x), position_ids=torch.arange(x.shape[1])[None], **more)
+    return output[0] if isinstance(output, tuple) else output
+
+
+def theirs_by_leaf(layer):
+    """Their parameters of the MLP half by the names of ours."""
+    named = dict(layer.named_parameters())
+    norms = [name for name in named if "feedforward_layernorm" in name] or ["post_attention_layernorm.weight"]
+    leaves = {f"{name.partition('_')[0]}_norm": named[name] for name in norms}
+    if "pre_norm" not in leaves:  # Gemma 1
+        leaves = {"pre_norm": leaves["post_norm"]}
+    return leaves | {name: named[f"mlp.{name}.weight"] for name in ("gate_proj", "up_proj", "down_proj")}
 
 
 @pytest.mark.parametrize("model_type", config_json.MODEL_TYPES)
@@ -108,7 +164,8 @@ def test_the_defaults_are_those_of_the_peers_config_classes(tmp_path, model_type
 @pytest.mark.parametrize("name", MODELS)
 def test_a_config_stripped_to_geometry_reads_the_same(tmp_path, name):
     save(make(name), tmp_path, sharded=False)
-    expected, layers = checkpoint.read_config(tmp_path), checkpoint.read_huggingface(tmp_path)
+    read = lambda f: [f(tmp_path, part=part) for part in parts_of(name)]  # noqa: E731
+    expected, layers = read(checkpoint.read_config), read(checkpoint.read_huggingface)
     keys = {"model_type", "hidden_size", "intermediate_size", "num_hidden_layers"}
 
     def stripped(values):
@@ -117,23 +174,35 @@ def test_a_config_stripped_to_geometry_reads_the_same(tmp_path, name):
 
     path = tmp_path / "config.json"
     path.write_text(json.dumps(stripped(json.loads(path.read_text()))))
-    assert checkpoint.read_config(tmp_path) == expected
-    again = checkpoint.read_huggingface(tmp_path)
+    assert read(checkpoint.read_config) == expected
+    again = read(checkpoint.read_huggingface)
     assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), again, layers))
 
 
 @pytest.mark.parametrize("sharded", [False, True], ids=["one file", "sharded"])
 @pytest.mark.parametrize("name", MODELS)
 def test_blocks_compute_what_the_peer_computes(tmp_path, name, sharded):
+    """Values, and gradients of the input and of every parameter."""
     model = make(name)
     save(model, tmp_path, sharded)
-    config, num_layers = checkpoint.read_config(tmp_path)
-    layers = checkpoint.read_huggingface(tmp_path)
-    assert len(layers) == num_layers == SIZES["num_hidden_layers"]
-    x = np.random.default_rng(0).standard_normal((2, 5, 32)).astype(np.float32)
-    for params, layer in zip(layers, language_model(model).layers):
-        expected = mlp_half(layer, torch.tensor(x))
-        assert relative_error(mlp_block(params, jnp.asarray(x), config), expected.astype(np.float64)) <= BOUND
+    rng = np.random.default_rng(0)
+    x, dy = (rng.standard_normal((2, 5, 32)).astype(np.float32) for _ in range(2))
+    for part in parts_of(name):
+        config, num_layers = checkpoint.read_config(tmp_path, part=part)
+        ours, theirs = checkpoint.read_huggingface(tmp_path, part=part), their_layers(model, part)
+        assert len(ours) == num_layers == len(theirs)
+        for params, layer in zip(ours, theirs):
+            torch_x = torch.tensor(x, requires_grad=True)
+            expected = mlp_half(layer, torch_x)
+            expected.backward(torch.tensor(dy))
+            y, pullback = jax.vjp(lambda p, x, config=config: mlp_block(p, x, config), params, jnp.asarray(x))
+            dparams, dx = pullback(jnp.asarray(dy))
+            assert relative_error(y, expected.detach().double().numpy()) <= BOUND
+            assert relative_error(dx, torch_x.grad.double().numpy()) <= BOUND
+            gradients = block_leaves(dparams)
+            for leaf, parameter in theirs_by_leaf(layer).items():
+                assert relative_error(gradients.pop(leaf).T, parameter.grad.double().numpy()) <= BOUND
+            assert not gradients
 
 
 @pytest.mark.parametrize(
@@ -145,11 +214,12 @@ def test_logits_are_unchanged_bit_for_bit(tmp_path, name, dtype, sharded):
     model = make(name, dtype)
     save(model, tmp_path, sharded)
     expected = logits(reload(model, tmp_path))
-    layers = checkpoint.read_huggingface(tmp_path)
-    rotated = layers[1:] + layers[:1]
-    checkpoint.update_huggingface(tmp_path, rotated)
-    assert not torch.equal(logits(reload(model, tmp_path)), expected)
-    checkpoint.update_huggingface(tmp_path, layers)
+    for part in parts_of(name):
+        layers = checkpoint.read_huggingface(tmp_path, part=part)
+        rotated = layers[1:] + layers[:1]
+        checkpoint.update_huggingface(tmp_path, rotated, part=part)
+        assert not torch.equal(logits(reload(model, tmp_path)), expected)
+        checkpoint.update_huggingface(tmp_path, layers, part=part)
     again = reload(model, tmp_path)
     assert torch.equal(logits(again), expected)
     for (key, old), new in zip(model.state_dict().items(), again.state_dict().values(), strict=True):

@@ -10,7 +10,7 @@ from absl.testing import flagsaver
 from gemma_mlp import MLPConfig, checkpoint, layouts
 from gemma_mlp.layouts.libraries import WITHOUT_POST_NORM
 from tests.support.by_hand import CONFIG, GEMMA1, LAYERS, D, F, arrays, equal, huggingface, params
-from tests.support.huggingface_folder import load, others, write
+from tests.support.huggingface_folder import load, others, save, write
 from tests.support.vary import slow_except
 
 pytestmark = pytest.mark.promotes  # Orbax relies on promotion
@@ -50,6 +50,27 @@ def test_gemma_1_by_t5x_and_a_new_hugging_face_folder(tmp_path):
     back = [f"--source={tmp_path / 'b'}", *ORBAX, "--nopost_norm", "--dtype=bfloat16"]
     run(*back, f"--target={tmp_path / 'c'}", "--to=huggingface")
     assert equal(checkpoint.read_huggingface(tmp_path / "c"), params(arrays(GEMMA1)))
+
+
+@pytest.mark.parametrize("part", ["encoder", "decoder"])
+def test_a_part_of_a_t5gemma(tmp_path, part):
+    source, settings = tmp_path / "source", {"hidden_size": D, "intermediate_size": F, "num_hidden_layers": LAYERS}
+    write(source, arrays(), settings={"model_type": "t5gemma", "encoder": settings, "decoder": settings})
+    layers = {"encoder": arrays(), "decoder": arrays()[::-1]}
+    tensors = {
+        name.replace("model.", f"model.{part}."): tensor
+        for part in layers
+        for name, tensor in huggingface(layers[part]).items()
+    }
+    save(source / "model.safetensors", tensors)
+    arguments = [f"--source={source}", f"--part={part}"]
+    run(*arguments, f"--target={tmp_path / 'orbax'}", "--to=tunix")
+    assert equal(checkpoint.read_orbax(tmp_path / "orbax", CONFIG), params(layers[part]))
+    run(*arguments, f"--target={tmp_path / 'new'}", "--to=huggingface")
+    assert equal(checkpoint.read_huggingface(tmp_path / "new"), params(layers[part]))
+    checkpoint.update_huggingface(source, params(arrays())[:1] * LAYERS, part=part)
+    run(f"--source={tmp_path / 'orbax'}", *ORBAX, f"--part={part}", f"--target={source}", "--to=huggingface")
+    assert equal(load(source), tensors)
 
 
 def test_addresses_in_the_home_folder(tmp_path, monkeypatch):
