@@ -73,6 +73,13 @@ def read_config(folder: str | Path, *, part: str | None = None) -> Model:
 def read_kind(folder: str | Path, part: str | None) -> tuple[Kind, Model]:
     """What the model type and the numbers in a config.json say. The errors are those of :func:`read_config`."""
     path = local_folder(folder) / "config.json"
+    adapter = path.with_name("adapter_config.json")
+    if adapter.exists() and not path.exists():
+        raise ValueError(
+            f"{path.parent} must hold a whole model. Got: {read_json(adapter).get('peft_type')} adapters of "
+            f"{read_json(adapter).get('base_model_name_or_path')}, as {adapter.name} says. Fix: merge them into that "
+            "model and save it: PeftModel.merge_and_unload() and save_pretrained()."
+        )
     values: Any = read_json(path)
     fix = "give the folder of the whole model, with the config.json that came with it."
     require("model_type" in values, f"{path} must have a model_type.", ", ".join(values) or "nothing", fix)

@@ -158,7 +158,16 @@ def _source(folder: Path, layers: Sequence[int] | None, part: str | None) -> Sou
     numbers = choose_layers(num_layers, layers)
     wanted = {layout.name(stored, number) for number in numbers for stored in layout.stored}
     tensors = safetensors_folder.read_headers(files, wanted)
-    return Source.of(layout, tensors, num_layers, numbers, lambda name: files.get(name, folder))
+    try:
+        return Source.of(layout, tensors, num_layers, numbers, lambda name: files.get(name, folder))
+    except ValueError as error:
+        values = safetensors_folder.read_json(folder / "config.json")
+        quantised: Any = values.get("quantization_config", values.get("quantization"))  # that of transformers, of mlx
+        if not isinstance(quantised, dict):
+            raise
+        said = ", ".join(f"{key} {value}" for key, value in quantised.items() if isinstance(value, str | int))
+        fix = "dequantise them and save them, as dequantize() and save_pretrained() of transformers do."
+        raise ValueError(f"{folder} must hold plain weights. Got: quantised ones, {said}. Fix: {fix}") from error
 
 
 def _prefix(names: Iterable[str], folder: Path, part: str | None) -> str:

@@ -50,12 +50,11 @@ def list_files(folder: Path) -> dict[str, Path]:
     A file that the index names need not be there: it may hold layers that nobody asks for.
     """
     present = [name for name in (SINGLE, INDEX) if (folder / name).exists()]
-    require(
-        len(present) > 0,
-        f"{folder} must hold either {SINGLE} or {INDEX}.",
-        " and ".join(sorted(path.name for path in folder.glob("*"))[:5]) or "nothing",
-        "give the folder that holds it; files in other formats (.bin, .pt) are pickles, which are never opened.",
-    )
+    fix = "give the folder that holds it; files in other formats (.bin, .pt) are pickles, which are never opened."
+    if any(folder.glob("*.gguf")):
+        fix = "GGUF files are not read: download the original model in safetensors."
+    received = " and ".join(sorted(path.name for path in folder.glob("*"))[:5]) or "nothing"
+    require(len(present) > 0, f"{folder} must hold either {SINGLE} or {INDEX}.", received, fix)
     single: dict[str, Path] = {}
     if SINGLE in present:
         with opened(folder / SINGLE) as file:

@@ -69,6 +69,12 @@ def test_each_part_of_an_encoder_decoder(tmp_path, name):
     assert equal(checkpoint.read_huggingface(tmp_path, part="decoder"), params(parts["decoder"][1]))
 
 
+def test_plain_weights_in_a_folder_that_speaks_of_quantisation_are_read(tmp_path):
+    """As where only the attention is quantised."""
+    folder = write(tmp_path, arrays(), settings=SETTINGS | {"quantization_config": {"quant_method": "gptq"}})
+    assert equal(checkpoint.read_huggingface(folder), params(arrays()))
+
+
 def test_casts(tmp_path):
     layers = arrays(dtype=np.float32)
     layers[0]["gate_proj"][0, 0] = 1 + 2**-9  # rounds to 1 in bfloat16

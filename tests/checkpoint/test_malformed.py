@@ -102,6 +102,22 @@ def with_index(change):
     return break_
 
 
+def quantised(dtype, **change):
+    def break_(folder):
+        replace(GATE, np.zeros((F, 1), dtype))(folder)
+        (folder / "config.json").write_text(json.dumps(SETTINGS | change))
+
+    return break_
+
+
+def adapted(folder):
+    write(folder, arrays())
+    (folder / "config.json").unlink()
+    (folder / "model.safetensors").rename(folder / "adapter_model.safetensors")
+    said = {"peft_type": "LORA", "base_model_name_or_path": "google/gemma-2-2b"}
+    (folder / "adapter_config.json").write_text(json.dumps(said))
+
+
 SHAPE = rf"{GATE} in .*model\.safetensors must be \[{F}, {D}\] of bfloat16, float32, float64\. \w+: "
 MALFORMED = {  # name: (what makes it, the error)
     "a missing tensor": (
@@ -168,6 +184,22 @@ MALFORMED = {  # name: (what makes it, the error)
     "an index that has a tensor more than the single file": (
         with_index(lambda names: names.update({"more": "model.safetensors"})),
         r"must agree.*more, which is not in model\.safetensors; the index says 'model\.safetensors'",
+    ),
+    "an adapter": (
+        lambda folder: adapted(folder),
+        r"must hold a whole model\. Got: LORA adapters of google/gemma-2-2b, .*merge_and_unload",
+    ),
+    "GGUF": (
+        lambda folder: (write(folder, arrays()) / "model.safetensors").rename(folder / "model.gguf"),
+        r"must hold either .*model\.gguf.*GGUF files are not read: download the original",
+    ),
+    "4 bits of bitsandbytes": (
+        quantised("uint8", quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True}),
+        r"must hold plain weights\. Got: quantised ones, quant_method bitsandbytes, load_in_4bit True\. Fix: dequantise",
+    ),
+    "4 bits of mlx": (
+        quantised("uint32", quantization={"group_size": 64, "bits": 4}),
+        r"must hold plain weights\. Got: quantised ones, group_size 64, bits 4\.",
     ),
     "an absent shard": (
         sharded(lambda folder: (folder / SHARD).unlink()),
