@@ -7,23 +7,6 @@ from gemma_mlp.config import PRESETS, MLPConfig
 from gemma_mlp.op.api import feed_forward, hidden_activations, mlp, mlp_hidden
 from gemma_mlp.params import MLPBlockParams, MLPParams, RMSNormParams
 
-__all__ = [
-    "ACTIVATIONS",
-    "PRESETS",
-    "MLPBlockParams",
-    "MLPConfig",
-    "MLPParams",
-    "RMSNormParams",
-    "aot",
-    "checks",
-    "feed_forward",
-    "hidden_activations",
-    "layouts",
-    "linen",
-    "mlp",
-    "mlp_block",
-    "mlp_hidden",
-    "nnx",
-    "rms_norm",
-    "sharding",
-]
+__all__ = ["ACTIVATIONS", "PRESETS", "MLPBlockParams", "MLPConfig", "MLPParams", "RMSNormParams"]
+__all__ += ["feed_forward", "hidden_activations", "mlp", "mlp_block", "mlp_hidden", "rms_norm"]
+__all__ += ["aot", "checks", "layouts", "linen", "nnx", "sharding"]

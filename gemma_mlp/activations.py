@@ -27,11 +27,8 @@ SQRT_2_OVER_PI, CUBIC = math.sqrt(2 / math.pi), 0.044715  # of GELU's tanh form
 class GateActivation:
     """One member of the GLU family. Calling it applies `function`.
 
-    Attributes:
-      function: the activation.
-      derivative: its derivative, for the backward pass of every backend. (With `save="autodiff"` JAX differentiates
-        `function` itself.)
-      huggingface: what a Hugging Face config.json calls it (transformers' ACT2FN); None where none of theirs is read.
+    Every backend's backward pass uses `derivative`. (With `save="autodiff"` JAX differentiates `function` itself.)
+    `huggingface` is what a config.json calls it (transformers' ACT2FN), or None where none of theirs is read.
     """
 
     function: Callable[[Array], Array]

@@ -43,10 +43,8 @@ def leaf_spec(name: str, config: MLPConfig, layers: int | None = None) -> LeafSp
     letters = LEAVES[name]
     sizes = {"D": config.embed_dim, "F": config.hidden_dim}
     shape, axes = tuple(sizes[a] for a in letters), tuple(LOGICAL_NAMES[a] for a in letters)
-    initializers = jax.nn.initializers
-    init = (
-        initializers.lecun_normal(batch_axis=() if layers is None else 0) if len(letters) == 2 else initializers.zeros
-    )
+    weight_init = jax.nn.initializers.lecun_normal(batch_axis=() if layers is None else 0)
+    init = weight_init if name in WEIGHTS else jax.nn.initializers.zeros
     return LeafSpec(shape, axes, init) if layers is None else LeafSpec((layers, *shape), ("layers", *axes), init)
 
 
@@ -122,8 +120,5 @@ class MLPBlockParams:
     @classmethod
     def init(cls, config: MLPConfig, key: Key[Array, ""]) -> "MLPBlockParams":
         """Fresh parameters in `config.param_dtype`."""
-        return cls(
-            pre_norm=RMSNormParams.init(config, key),
-            mlp=MLPParams.init(config, key),
-            post_norm=RMSNormParams.init(config, key) if config.post_norm else None,
-        )
+        post_norm = RMSNormParams.init(config, key) if config.post_norm else None
+        return cls(RMSNormParams.init(config, key), MLPParams.init(config, key), post_norm)

@@ -87,13 +87,8 @@ def optimizer_shardings(optimizer: optax.GradientTransformation, params: Any, sh
     """Returns a sharding for every leaf of `optimizer.init(params)`.
 
     A leaf that belongs to a parameter, such as a moment, is sharded like the parameter. Every other leaf, such as a
-    step count, is replicated.
-
-    Args:
-      optimizer: any optimizer of optax.
-      params: the parameters or their `jax.ShapeDtypeStruct`s.
-      shardings: the shardings of the parameters, in a tree of the same structure.
-      mesh: the devices.
+    step count, is replicated on `mesh`. `params` are the parameters or their `jax.ShapeDtypeStruct`s; `shardings` is a
+    tree of the same structure.
     """
     return optax.tree_map_params(
         optimizer,
@@ -107,12 +102,8 @@ def optimizer_shardings(optimizer: optax.GradientTransformation, params: Any, sh
 def activation_sharding(shape: tuple[int, ...], mesh: Mesh, rules: Rules = RULES) -> NamedSharding:
     """Returns the sharding of the residual stream [*B, D] between blocks.
 
-    The first axis is `batch`. Of three or more axes, the second last is `length`. D is not split.
-
-    Args:
-      shape: the shape of the array, [*B, D].
-      mesh: the devices.
-      rules: says which mesh axes split each logical axis.
+    The first axis is `batch`. Of three or more axes, the second last is `length`. D is not split. `rules` are as for
+    :func:`named_shardings`.
 
     Raises:
       ValueError: if a mesh axis does not divide the axis that it splits, or the mesh lacks an axis that the rules name.

@@ -85,10 +85,7 @@ class Compiled:
 
 
 def devices(target: str) -> list[Any]:
-    """The devices of `target`, from which you can make a `jax.sharding.Mesh`.
-
-    Args:
-      target: a target of :func:`compile_for`.
+    """The devices of a `target` of :func:`compile_for`, from which you can make a `jax.sharding.Mesh`.
 
     Raises:
       ValueError: if the target does not exist.
@@ -172,20 +169,6 @@ def _topology(target: str) -> topologies.TopologyDescription:
         repr(target),
         "use one of these forms.",
     )
-    return _h200_topology(count)
-
-
-def _tpu_topology(target: str) -> topologies.TopologyDescription:
-    _require_package("libtpu")
-    for variable, value in TPU_ENVIRONMENT.items():
-        os.environ.setdefault(variable, value)
-    try:
-        return topologies.get_topology_desc(platform="tpu", topology_name=target.removeprefix("tpu "))
-    except Exception as error:
-        raise ValueError(f"libtpu must know the topology. Got: {target!r}. Fix: {error}") from error
-
-
-def _h200_topology(count: int) -> topologies.TopologyDescription:
     for package in ("jax-cuda13-plugin", "jax-cuda13-pjrt"):
         _require_package(package, jax.__version__)
     hosts, per_host = max(1, count // H200S_PER_HOST), min(count, H200S_PER_HOST)
@@ -197,6 +180,16 @@ def _h200_topology(count: int) -> topologies.TopologyDescription:
             "jax-cuda13-plugin must start. It needs CUDA's libraries if JAX looks for a GPU. "
             f"Got: {error}. Fix: set JAX_PLATFORMS=cpu before JAX starts."
         ) from error
+
+
+def _tpu_topology(target: str) -> topologies.TopologyDescription:
+    _require_package("libtpu")
+    for variable, value in TPU_ENVIRONMENT.items():
+        os.environ.setdefault(variable, value)
+    try:
+        return topologies.get_topology_desc(platform="tpu", topology_name=target.removeprefix("tpu "))
+    except Exception as error:
+        raise ValueError(f"libtpu must know the topology. Got: {target!r}. Fix: {error}") from error
 
 
 def _require_package(package: str, version: str | None = None) -> None:

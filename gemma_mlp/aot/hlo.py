@@ -250,8 +250,8 @@ def _groups(attributes: str) -> tuple[tuple[int, ...], ...]:
     if found := re.search(r"(?:replica_groups|source_target_pairs)=\{(\{[\d, {}]*\})\}", attributes):
         return tuple(tuple(map(int, group.split(","))) for group in re.findall(r"\{([\d, ]+)\}", found[1]))
     if found := re.search(rf"replica_groups=\[([\d,]+)\]<={IOTA}", attributes):
-        return _rows(_iota(*found.groups()[1:]).reshape(_numbers(found[1])))
-    if found := re.search(rf"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\({IOTA}\))? \{{([^}}]*)\}}", attributes):
+        chips = _iota(found[2], found[3]).reshape(_numbers(found[1]))
+    elif found := re.search(rf"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\({IOTA}\))? \{{([^}}]*)\}}", attributes):
         sizes = dict(re.findall(r"'([^']+)'=(\d+)", found[1]))
         chips = _iota(found[2] or ",".join(sizes.values()), found[3])
         # Example: replica_groups=mesh['a'=2,'b'=8], device_ids=([16]) {'a','b':(2)4}. A group spans a and 4 of b's 8.
@@ -262,10 +262,12 @@ def _groups(attributes: str) -> tuple[tuple[int, ...], ...]:
         chosen = [3 * list(sizes).index(name) + 1 for name in re.findall(r"'([^']+)'", found[4])]
         chips = chips.reshape([factor for axis in factors.values() for factor in axis])
         count = math.prod(chips.shape[axis] for axis in chosen)
-        return _rows(np.moveaxis(chips, chosen, range(-len(chosen), 0)).reshape(-1, count))
-    rule = "Replica groups must be in a known form."
-    require("replica_groups" not in attributes, rule, attributes[:300], "extend gemma_mlp.aot.hlo._groups.")
-    return ()
+        chips = np.moveaxis(chips, chosen, range(-len(chosen), 0)).reshape(-1, count)
+    else:
+        rule = "Replica groups must be in a known form."
+        require("replica_groups" not in attributes, rule, attributes[:300], "extend gemma_mlp.aot.hlo._groups.")
+        return ()
+    return tuple(map(tuple, chips.tolist()))
 
 
 IOTA = r"\[([\d,]+)\](?:T\(([\d,]+)\))?"  # [4,2]T(1,0): the numbers 0 to 7 as an array of 4 x 2, transposed
@@ -278,10 +280,6 @@ def _iota(sizes: str, order: str | None) -> np.ndarray:
 
 def _numbers(text: str) -> list[int]:
     return list(map(int, text.split(",")))
-
-
-def _rows(array: np.ndarray) -> tuple[tuple[int, ...], ...]:
-    return tuple(tuple(row) for row in array.tolist())
 
 
 def _split(text: str) -> list[str]:

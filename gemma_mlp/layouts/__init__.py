@@ -15,23 +15,6 @@ from gemma_mlp.layouts.libraries import (
 )
 from gemma_mlp.layouts.trees import flatten, from_tree, make_params, stack, to_tree, unstack
 
-__all__ = [
-    "LAYOUTS",
-    "Layout",
-    "Stored",
-    "deepmind",
-    "deepmind_flat",
-    "deepmind_stacked",
-    "detect",
-    "flatten",
-    "from_tree",
-    "gemma_mlp",
-    "huggingface",
-    "make_params",
-    "maxtext",
-    "stack",
-    "t5x",
-    "to_tree",
-    "tunix",
-    "unstack",
-]
+__all__ = ["LAYOUTS", "Layout", "Stored", "detect"]
+__all__ += ["deepmind", "deepmind_flat", "deepmind_stacked", "gemma_mlp", "huggingface", "maxtext", "t5x", "tunix"]
+__all__ += ["flatten", "from_tree", "make_params", "stack", "to_tree", "unstack"]

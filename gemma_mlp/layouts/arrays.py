@@ -32,8 +32,7 @@ def transpose(array: Any, axes: str, to: str) -> Any:
 def add_exactly(array: Any, number: int, name: str, rounding: bool) -> Any:
     """`array + number` in float32, or in float64 if the array is: add -1 to read w, +1 to store 1 + w.
 
-    Raises:
-      ValueError: names the stored tensor if the sum had to be rounded, unless `rounding` allows it.
+    A ValueError names the stored tensor if the sum had to be rounded, unless `rounding` allows it.
     """
     wide = np.promote_types(array.dtype, np.float32)
     if isinstance(array, jax.ShapeDtypeStruct):

@@ -106,21 +106,13 @@ class Layout:
 
 @dataclasses.dataclass(frozen=True)
 class Slot:
-    """Where one leaf of one layer is stored.
+    """Where one leaf of one layer is stored."""
 
-    Attributes:
-      tensor: the name of the tensor that holds it.
-      at: one entry for each axis of the tensor: an index for the axes L and 2, the letter itself for D and F.
-      leaf: its name in `LEAVES`.
-      layout: of the tensor.
-      plus_one: whether the tensor holds 1 + w.
-    """
-
-    tensor: str
-    at: tuple[int | str, ...]
-    leaf: str
+    tensor: str  # the name of the tensor that holds it
+    at: tuple[int | str, ...]  # an entry for each of its axes: an index for L and 2, the letter itself for D and F
+    leaf: str  # its name in `LEAVES`
     layout: Layout
-    plus_one: bool
+    plus_one: bool  # whether the tensor holds 1 + w
 
     def read(self, tensor: Any, index: tuple[slice, ...] | None = None) -> Any:
         """The leaf, or the part of it that `index` selects. `tensor` is anything that can be indexed."""
@@ -152,15 +144,10 @@ def locate(
     where: Callable[[str], Any] = lambda name: "the tree",
     dtypes: Sequence[str] = DTYPES,
 ) -> list[dict[str, Slot]]:
-    """The slot of every leaf of every layer. First it checks all names, shapes and dtypes.
+    """The slot of every leaf of the `layers` that are wanted, by default of all.
 
-    Args:
-      layout: of `tensors`.
-      tensors: anything with a shape and a dtype, by name. Tensors of layers that are not wanted may be None.
-      num_layers: of the model.
-      layers: the layers that are wanted; None: all.
-      where: gives the file of a tensor, for errors.
-      dtypes: that the tensors may have.
+    `tensors` holds, by name, anything with a shape and a dtype; tensors of other layers may be None. `where` gives the
+    file of a tensor, for errors. `dtypes` are those that the tensors may have.
 
     Raises:
       ValueError: if a tensor is missing, superfluous, of a wrong shape or of a dtype that is not supported.
@@ -187,15 +174,13 @@ def locate(
             "the checkpoint may be quantised, adapted or of another model: give the config and the layout that fit it.",
         )
     return [
-        {leaf: slot for stored in layout.stored for leaf, slot in _slots(layout, stored, layer, tensors, num_layers)}
+        {slot.leaf: slot for stored in layout.stored for slot in _slots(layout, stored, layer, tensors, num_layers)}
         for layer in layers
     ]
 
 
-def _slots(
-    layout: Layout, stored: Stored, layer: int, tensors: Mapping[str, Any], num_layers: int
-) -> Iterator[tuple[str, Slot]]:
-    """Yields each leaf that `stored` holds for a layer, and its slot."""
+def _slots(layout: Layout, stored: Stored, layer: int, tensors: Mapping[str, Any], num_layers: int) -> Iterator[Slot]:
+    """Yields the slot of each leaf that `stored` holds for a layer."""
     name = layout.name(stored, layer)
     fitting = [axes for axes in stored.axes if layout.shape(axes, layer, num_layers) == tuple(tensors[name].shape)]
     require(
@@ -206,4 +191,4 @@ def _slots(
     )
     for place, leaf in enumerate(stored.leaves):
         index = {"L": layer // len(layout.groups), "2": place}
-        yield leaf, Slot(name, tuple(index.get(axis, axis) for axis in fitting[0]), leaf, layout, stored.plus_one)
+        yield Slot(name, tuple(index.get(axis, axis) for axis in fitting[0]), leaf, layout, stored.plus_one)

@@ -9,7 +9,6 @@ import inspect
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable
-from typing import Any
 
 from gemma_mlp.checks import require
 from gemma_mlp.config import MLPConfig
@@ -67,7 +66,7 @@ def deepmind_flat(
 
     Such a key is "transformer/layer_0/mlp/linear". The array lies below it, under the key "w" or "scale".
     """
-    return _deepmind(config, prefix + "layer_{layer}", transpose_gating_einsum, weight="/w", keys=_module_and_array)
+    return _deepmind(config, prefix + "layer_{layer}", transpose_gating_einsum, **FLAT)
 
 
 def deepmind_stacked(
@@ -79,30 +78,17 @@ def deepmind_stacked(
 ) -> Layout:
     """DeepMind's stacked checkpoints: :func:`deepmind_flat` with all layers of one attention type in one tensor.
 
-    Args:
-      config: the block's sizes.
-      prefix: stands before every name.
-      attention_types: the length of the attention pattern: 1 in Gemma 1, 2 in Gemma 2, 6 in Gemma 3.
-      transpose_gating_einsum: as for :func:`deepmind`.
+    `attention_types` is the length of the attention pattern: 1 in Gemma 1, 2 in Gemma 2, 6 in Gemma 3. The other
+    arguments are those of :func:`deepmind`.
     """
-    return _deepmind(
-        config,
-        prefix + "stacked_layers/attention_type_{group}",
-        transpose_gating_einsum,
-        lead="L",
-        weight="/w",
-        keys=_module_and_array,
-        groups=tuple(str(group) for group in range(attention_types)),
-    )
+    groups, layer = tuple(map(str, range(attention_types))), prefix + "stacked_layers/attention_type_{group}"
+    return _deepmind(config, layer, transpose_gating_einsum, lead="L", groups=groups, **FLAT)
 
 
-def _module_and_array(name: str) -> tuple[str, ...]:
-    return tuple(name.rsplit("/", 1))
+FLAT = {"weight": "/w", "keys": lambda name: tuple(name.rsplit("/", 1))}  # a key for each module, one for its array
 
 
-def _deepmind(
-    config: MLPConfig, layer: str, transpose: bool | None, *, lead: str = "", weight: str = "", **options: Any
-) -> Layout:
+def _deepmind(config, layer, transpose, *, lead="", weight="", **options) -> Layout:
     gating = {None: ("2DF", "2FD"), False: ("2DF",), True: ("2FD",)}[transpose]
     return Layout(
         config,
@@ -228,11 +214,8 @@ WITHOUT_POST_NORM = {"t5x"}  # these have no place for a post-norm, so they can 
 def detect(names: Iterable[str], config: MLPConfig) -> Layout:
     """The layout and prefix that recognise the most tensors of layer 0.
 
-    Only names count here; :func:`from_tree` then checks everything else.
-
-    Args:
-      names: of all tensors, with "/" between their parts: the keys of `flatten(tree)`.
-      config: the block's sizes.
+    Only `names` count here, the keys of `flatten(tree)`, with "/" between their parts. :func:`from_tree` then checks
+    everything else.
 
     Raises:
       ValueError: if no layout fits, or several fit equally well.

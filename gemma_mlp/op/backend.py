@@ -49,24 +49,16 @@ XLA = Backend()
 
 
 class Op(NamedTuple):
-    """What is known of one call when it is traced.
+    """What is known of one call when it is traced."""
 
-    Attributes:
-      config: the checked options.
-      dtype: the compute dtype.
-      dropout_rate: 0 where dropout is off.
-      backend: whose kernels run.
-      on_cpu: True inside the branch for a CPU, False elsewhere. None with `save="autodiff"`, which has no such branch:
-        there each matmul finds out when the program is lowered.
-      round_between: whether gate, up and dh are rounded to `dtype` where they are stored between matmuls.
-    """
-
-    config: MLPConfig
-    dtype: Any
-    dropout_rate: float = 0.0
-    backend: Backend = XLA
+    config: MLPConfig  # the checked options
+    dtype: Any  # the compute dtype
+    dropout_rate: float = 0.0  # 0 where dropout is off
+    backend: Backend = XLA  # whose kernels run
+    # True inside the branch for a CPU, False elsewhere. None with `save="autodiff"`, which has no such branch: there
+    # each matmul finds out when the program is lowered.
     on_cpu: bool | None = False
-    round_between: bool = True
+    round_between: bool = True  # whether gate, up and dh are rounded to `dtype` where they are stored between matmuls
 
     @property
     def wide(self) -> jnp.dtype:

@@ -18,8 +18,7 @@ KERNELS = {"tpu": TPU, "gpu": GPU, "cuda": GPU}  # by JAX's names of platforms
 def choose_backend(config: MLPConfig, params: MLPParams, dtype: Any, dropout_rate: float) -> Backend:
     """XLA's, or with `implementation="pallas"` the kernels of the device that the program is compiled for.
 
-    Raises:
-      ValueError: if there are no kernels for the device, or they do not serve the case.
+    It raises a ValueError if the device has no kernels, or they do not serve the case.
     """
     if config.implementation != "pallas":
         return XLA

@@ -55,10 +55,7 @@ def hidden(
     """(h,), or (h, gate, up) if gate and up are saved: h = activation(gate) * up, gate = x W_gate, up = x W_up.
 
     It needs no memory beyond its results, except for a copy of x if there are more than 8 tokens and their number is
-    not a multiple of 8.
-
-    Raises:
-      ValueError: if the device, a shape or a dtype is not served.
+    not a multiple of 8. A device, a shape or a dtype that is not served raises a ValueError.
     """
 
     def elementwise(gate, up):
@@ -66,8 +63,7 @@ def hidden(
         if save_gate_up:
             yield from (gate, up)
 
-    weights = gate_proj, up_proj
-    return _multiply(elementwise, x, weights, num_new=3 if save_gate_up else 1)
+    return _multiply(elementwise, x, (gate_proj, up_proj), num_new=3 if save_gate_up else 1)
 
 
 def hidden_gradients(
@@ -89,18 +85,15 @@ def hidden_gradients(
         yield dh * up() * LOWERED[activation].derivative(gate())  # one at a time: registers are scarce
         yield dh * LOWERED[activation](gate())
 
-    in_place = gate, up
-    return _multiply(elementwise, dy, (down_proj,), in_place=in_place, num_new=1, transposed=True)
+    return _multiply(elementwise, dy, (down_proj,), in_place=(gate, up), num_new=1, transposed=True)
 
 
 def _multiply(elementwise, x, weights, *, in_place=(), num_new, transposed=False):
-    """elementwise(*matmuls, *in_place), rounded to bfloat16: `num_new` new arrays, then the in-place ones.
+    """elementwise(*matmuls, *in_place), rounded to bfloat16: `num_new` new arrays, then the in-place ones, [T, F] each.
 
-    Args:
-      elementwise: a generator. It gets the matmuls' results as float32 blocks and, for each in-place array, a function
-        that loads its block; it yields the results in order.
-      x: [T, D], multiplied by each of the weights: [D, F], or [F, D] if transposed.
-      in_place: [T, F] each.
+    x [T, D] is multiplied by each of the weights: [D, F], or [F, D] if transposed. `elementwise` is a generator: it is
+    given the matmuls' results as float32 blocks and, for each in-place array, a function that loads its block, and it
+    yields the results in order.
     """
     _check(x, weights, in_place, transposed)
     (T, D), F = x.shape, weights[0].shape[0 if transposed else 1]
@@ -113,13 +106,11 @@ def _multiply(elementwise, x, weights, *, in_place=(), num_new, transposed=False
     block_T, columns = (CONSUMERS * ROWS, BLOCK_F) if split_tokens else (ROWS, BLOCK_F // CONSUMERS)
     blocks = pl.cdiv(T, block_T), F // BLOCK_F
     tiles = plgpu.TilingTransform((SUBLANES, BLOCK_D)), plgpu.SwizzleTransform(128)
+    block = functools.partial(plgpu.BlockSpec, transforms=tiles)
 
     def kernel(x_ref, *refs):
         ends = len(weights), len(weights) + len(in_place)
         weight_refs, in_place_refs, new_refs = refs[: ends[0]], refs[ends[0] : ends[1]], refs[ends[1] :]
-
-        def block(shape, index):
-            return plgpu.BlockSpec(shape, index, transforms=tiles)
 
         def pipeline(step, compute):
             if transposed:

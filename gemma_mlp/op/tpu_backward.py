@@ -14,6 +14,7 @@ the inputs are copies anyway, so the gradients need no extra memory.
 """
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -56,23 +57,13 @@ def fused_backward(
 
     blocks = tpu_blocks.choose_blocks(embed_dim, hidden_dim, _candidates(tokens, hidden_dim), vmem_bytes)
     turns = ceil_div(tokens, blocks.tokens)
-    hidden_blocks = hidden_dim // blocks.hidden
-    cores = pltpu.get_tpu_info().num_cores
-    if hidden_blocks % cores:
-        cores = 1
-    hidden_blocks //= cores
+    cores = math.gcd(hidden_dim // blocks.hidden, pltpu.get_tpu_info().num_cores)
+    hidden_blocks = hidden_dim // blocks.hidden // cores  # for each core
 
-    def of_tokens(core, j, i):
-        return i, 0
-
-    def gate_up(core, j, i):
-        return 0, core * hidden_blocks + j
-
-    def down(core, j, i):
-        return core * hidden_blocks + j, 0
-
-    stream = pl.BlockSpec((blocks.tokens, embed_dim), of_tokens)
-    weights = [*[pl.BlockSpec((embed_dim, blocks.hidden), gate_up)] * 2, pl.BlockSpec((blocks.hidden, embed_dim), down)]
+    stream = pl.BlockSpec((blocks.tokens, embed_dim), lambda core, j, i: (i, 0))
+    gate_up = pl.BlockSpec((embed_dim, blocks.hidden), lambda core, j, i: (0, core * hidden_blocks + j))
+    down = pl.BlockSpec((blocks.hidden, embed_dim), lambda core, j, i: (core * hidden_blocks + j, 0))
+    weights = [gate_up, gate_up, down]
     dx, *dweights = pl.pallas_call(
         functools.partial(_kernel, activation, tokens, turns),
         out_shape=[
@@ -87,8 +78,7 @@ def fused_backward(
             *[pltpu.VMEM((embed_dim, blocks.hidden), wide)] * 2,
             pltpu.VMEM((blocks.hidden, embed_dim), wide),
             pltpu.VMEM((2, blocks.tokens, embed_dim), wide),
-            pltpu.SemaphoreType.DMA((2,)),
-            pltpu.SemaphoreType.DMA((2,)),
+            *[pltpu.SemaphoreType.DMA((2,))] * 2,
         ],
         compiler_params=tpu_blocks.compiler_params("parallel", "arbitrary", "arbitrary"),
         name="geglu_gradients",
@@ -151,10 +141,9 @@ def _kernel(activation, tokens, turns, x, dy, gate_proj, up_proj, down_proj, dx,
     slot = lax.rem(step, 2)
     in_memory = dx.at[core, pl.ds(pl.multiple_of(i * size, tpu_blocks.ROWS), size)]
     fetch = pltpu.make_async_copy(in_memory, dx_rows.at[slot], arrivals.at[slot])
-    send = pltpu.make_async_copy(dx_rows.at[slot], in_memory, departures.at[slot])
 
-    def wait_until_sent(slot):
-        pltpu.make_async_copy(dx_rows.at[slot], in_memory, departures.at[slot]).wait()
+    def send(slot):
+        return pltpu.make_async_copy(dx_rows.at[slot], in_memory, departures.at[slot])
 
     # Rows must have arrived in memory before their buffer is used again, two steps later, and before they are fetched
     # again, which is one step later if there is only one block of tokens.
@@ -162,11 +151,9 @@ def _kernel(activation, tokens, turns, x, dy, gate_proj, up_proj, down_proj, dx,
 
     @pl.when(step >= lag)
     def _():
-        wait_until_sent(lax.rem(step - lag, 2))
+        send(lax.rem(step - lag, 2)).wait()
 
-    @pl.when(j > 0)
-    def _():
-        fetch.start()
+    pl.when(j > 0)(fetch.start)
 
     @pl.when(j == 0)
     def _():
@@ -186,13 +173,9 @@ def _kernel(activation, tokens, turns, x, dy, gate_proj, up_proj, down_proj, dx,
     sum_up[...] += _outer(x_TD, dup)
     sum_down[...] += _outer(h, dy_TD)
     part = tpu_blocks.matmul(dgate, gate_proj, transpose=True) + tpu_blocks.matmul(dup, up_proj, transpose=True)
-
-    @pl.when(j > 0)
-    def _():
-        fetch.wait()
-
+    pl.when(j > 0)(fetch.wait)
     dx_rows[slot] += part
-    send.start()
+    send(slot).start()
 
     @pl.when(i == turns - 1)
     def _():
@@ -201,11 +184,11 @@ def _kernel(activation, tokens, turns, x, dy, gate_proj, up_proj, down_proj, dx,
 
     @pl.when(step == pl.num_programs(1) * turns - 1)
     def _():
-        wait_until_sent(slot)
+        send(slot).wait()
 
         @pl.when((step >= 1) & (lag == 2))
         def _():
-            wait_until_sent(1 - slot)
+            send(1 - slot).wait()
 
 
 def _kernel_from_saved(activation, tokens, dy, gate, up, down_proj, dgate, dup, ddown_proj, sum_FD):

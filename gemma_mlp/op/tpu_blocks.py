@@ -39,8 +39,7 @@ def choose_blocks(
 ) -> Blocks:
     """The first of the candidates that fits into the chip's VMEM.
 
-    Raises:
-      ValueError: if none does, or for sizes that the kernels do not serve.
+    It raises a ValueError if none does, or for sizes that the kernels do not serve.
     """
     require(
         embed_dim % LANES == hidden_dim % LANES == 0,

@@ -42,33 +42,48 @@ def fused_forward(
 
     It needs no memory except for its results.
     """
-    (tokens, embed_dim), dtype, weight_dtype = x.shape, x.dtype, gate_proj.dtype
-    hidden_dim = gate_proj.shape[1]
+    kernel, num_hidden = functools.partial(_kernel, activation), 2 if save_gate_up else 0
+    return _call(kernel, x, gate_proj, up_proj, down_proj, num_hidden=num_hidden, name="geglu")
+
+
+def hidden_only(
+    x: Float[Array, "T D"], gate_proj: Float[Array, "D F"], up_proj: Float[Array, "D F"], *, activation: Activation
+) -> tuple[Float[Array, "T F"]]:
+    """(h,) in the dtype of x: h = activation(x W_gate) * (x W_up). It needs no memory except for its result."""
+    kernel = functools.partial(_hidden_kernel, activation)
+    return _call(kernel, x, gate_proj, up_proj, num_hidden=1, name="geglu_hidden")
+
+
+def _call(kernel, x, *weights, num_hidden, name):
+    """Runs `kernel` on blocks. Its results are y, if down_proj is among the weights, and `num_hidden` arrays [T, F]."""
+    (tokens, embed_dim), dtype, weight_dtype = x.shape, x.dtype, weights[0].dtype
+    hidden_dim = weights[0].shape[1]
     wide = accumulation_dtype(dtype)
+    num_y = len(weights) - 2  # y and its sum
 
     def vmem_bytes(blocks):
-        row = embed_dim * (2 * 2 * dtype.itemsize + wide.itemsize)  # two buffers: one in use, one on its way
-        column = 3 * embed_dim * (2 * weight_dtype.itemsize + dtype.itemsize * (weight_dtype != dtype))
-        saved = 2 * 2 * dtype.itemsize * blocks.tokens * save_gate_up
-        return row * blocks.tokens + (column + saved + 6 * blocks.rows * wide.itemsize) * blocks.hidden
+        # There are two buffers for each array: one in use, one on its way.
+        row = embed_dim * (2 * dtype.itemsize + num_y * (2 * dtype.itemsize + wide.itemsize))
+        row += 2 * dtype.itemsize * num_hidden * blocks.hidden
+        column = len(weights) * embed_dim * (2 * weight_dtype.itemsize + dtype.itemsize * (weight_dtype != dtype))
+        return row * blocks.tokens + (column + 2 * len(weights) * blocks.rows * wide.itemsize) * blocks.hidden
 
     blocks = tpu_blocks.choose_blocks(embed_dim, hidden_dim, _candidates(tokens, hidden_dim), vmem_bytes)
     stream = pl.BlockSpec((blocks.tokens, embed_dim), lambda i, j: (i, 0))
     gate_up = pl.BlockSpec((embed_dim, blocks.hidden), lambda i, j: (0, j))
-    saved = pl.BlockSpec((blocks.tokens, blocks.hidden), lambda i, j: (i, j))
+    down = pl.BlockSpec((blocks.hidden, embed_dim), lambda i, j: (j, 0))
+    hidden = pl.BlockSpec((blocks.tokens, blocks.hidden), lambda i, j: (i, j))
+    shapes = [x.shape] * num_y + [(tokens, hidden_dim)] * num_hidden
     return pl.pallas_call(
-        functools.partial(_kernel, activation, blocks.rows),
-        out_shape=(
-            jax.ShapeDtypeStruct(x.shape, dtype),
-            *[jax.ShapeDtypeStruct((tokens, hidden_dim), dtype)] * (2 if save_gate_up else 0),
-        ),
+        functools.partial(kernel, blocks.rows),
+        out_shape=tuple(jax.ShapeDtypeStruct(shape, dtype) for shape in shapes),
         grid=(ceil_div(tokens, blocks.tokens), hidden_dim // blocks.hidden),
-        in_specs=[stream, gate_up, gate_up, pl.BlockSpec((blocks.hidden, embed_dim), lambda i, j: (j, 0))],
-        out_specs=(stream, *[saved] * (2 if save_gate_up else 0)),
-        scratch_shapes=[pltpu.VMEM((blocks.tokens, embed_dim), wide)],
+        in_specs=[stream, *(gate_up, gate_up, down)[: len(weights)]],
+        out_specs=(*[stream] * num_y, *[hidden] * num_hidden),
+        scratch_shapes=[pltpu.VMEM((blocks.tokens, embed_dim), wide)] * num_y,
         compiler_params=tpu_blocks.compiler_params("parallel", "arbitrary"),
-        name="geglu",
-    )(x, gate_proj, up_proj, down_proj)
+        name=name,
+    )(x, *weights)
 
 
 def _kernel(activation, rows, x, gate_proj, up_proj, down_proj, y, *rest):
@@ -90,31 +105,6 @@ def _kernel(activation, rows, x, gate_proj, up_proj, down_proj, y, *rest):
     @pl.when(pl.program_id(1) == pl.num_programs(1) - 1)
     def _():
         tpu_blocks.store(y, sum_TD)
-
-
-def hidden_only(
-    x: Float[Array, "T D"], gate_proj: Float[Array, "D F"], up_proj: Float[Array, "D F"], *, activation: Activation
-) -> tuple[Float[Array, "T F"]]:
-    """(h,) in the dtype of x: h = activation(x W_gate) * (x W_up). It needs no memory except for its result."""
-    (tokens, embed_dim), dtype, weight_dtype = x.shape, x.dtype, gate_proj.dtype
-    hidden_dim = gate_proj.shape[1]
-
-    def vmem_bytes(blocks):
-        row = 2 * dtype.itemsize * (embed_dim + blocks.hidden)
-        column = 2 * embed_dim * (2 * weight_dtype.itemsize + dtype.itemsize * (weight_dtype != dtype))
-        return row * blocks.tokens + (column + 4 * blocks.rows * accumulation_dtype(dtype).itemsize) * blocks.hidden
-
-    blocks = tpu_blocks.choose_blocks(embed_dim, hidden_dim, _candidates(tokens, hidden_dim), vmem_bytes)
-    weight = pl.BlockSpec((embed_dim, blocks.hidden), lambda i, j: (0, j))
-    return pl.pallas_call(
-        functools.partial(_hidden_kernel, activation, blocks.rows),
-        out_shape=(jax.ShapeDtypeStruct((tokens, hidden_dim), dtype),),
-        grid=(ceil_div(tokens, blocks.tokens), hidden_dim // blocks.hidden),
-        in_specs=[pl.BlockSpec((blocks.tokens, embed_dim), lambda i, j: (i, 0)), weight, weight],
-        out_specs=(pl.BlockSpec((blocks.tokens, blocks.hidden), lambda i, j: (i, j)),),
-        compiler_params=tpu_blocks.compiler_params("parallel", "arbitrary"),
-        name="geglu_hidden",
-    )(x, gate_proj, up_proj)
 
 
 def _hidden_kernel(activation, rows, x, gate_proj, up_proj, h):
