@@ -1,25 +1,28 @@
 """Reads, updates and writes the block's parameters in Hugging Face folders of Gemma and the models made from it."""
 
+import functools
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from gemma_mlp.activations import ACTIVATIONS
 from gemma_mlp.checkpoint import safetensors_folder
 from gemma_mlp.checkpoint.addresses import local_folder
-from gemma_mlp.checkpoint.config_json import NAMES, read_kind
+from gemma_mlp.checkpoint.config_json import NAMES, read_kind, require_block
 from gemma_mlp.checkpoint.loading import Progress, Source, choose_layers, load, require_finite_layers
 from gemma_mlp.checks import describe, require
 from gemma_mlp.config import MLPConfig
-from gemma_mlp.layouts.libraries import huggingface
+from gemma_mlp.layouts.libraries import huggingface, norm_factors
 from gemma_mlp.layouts.trees import block_leaves, stored_tensors
 from gemma_mlp.params import MLPBlockParams
 
 
 def huggingface_shapes(folder: str | Path, *, part: str | None = None, dtype: Any = None) -> list[MLPBlockParams]:
     """The `jax.ShapeDtypeStruct`s of what :func:`read_huggingface` reads. All is checked except the values."""
-    return _source(local_folder(folder), None, part).shapes(dtype)
+    return _in_order(_sources(local_folder(folder), None, part), None, lambda source: source.shapes(dtype))
 
 
 def read_huggingface(
@@ -30,6 +33,7 @@ def read_huggingface(
     dtype: Any = None,
     shardings: Any = None,
     stacked: bool = False,
+    round_norms: bool = False,
     progress: Progress | None = None,
 ) -> Any:
     """The block's parameters from a Hugging Face folder of a Gemma. No other tensor is read.
@@ -48,7 +52,9 @@ def read_huggingface(
         device.
       stacked: whether to stack the layers on a new first axis, for `jax.lax.scan`. Layers of several dtypes take the
         widest.
-      progress: wraps the iteration over tensors, as tqdm does.
+      round_norms: Gemma 3n and 4 store a norm as its factor, 1 + w. True: round a w that does not come exactly from it,
+        which happens to factors in float32. False: refuse it.
+      progress: wraps the iteration over tensors, as tqdm does; of each width in turn, if layers differ.
 
     Returns:
       A list of `MLPBlockParams`, or one whose leaves are stacked.
@@ -56,12 +62,18 @@ def read_huggingface(
     Raises:
       ValueError: names the tensor, the file, what was expected and what was found.
     """
-    source = _source(local_folder(folder), layers, part)
+    sources = _sources(local_folder(folder), layers, part, round_norms)
+    widths = [source.layout.config.hidden_dim for source in sources]
+    fix = "choose layers of one width with layers=, or read a list."
+    require(not stacked or len(widths) == 1, "A stack needs layers of one width.", f"hidden_dim {widths}", fix)
 
-    def read(slot, index):
-        return safetensors_folder.read_slot(source.file(slot.tensor), slot, index)
+    def read(source):
+        def read_part(slot, index):
+            return safetensors_folder.read_slot(source.file(slot.tensor), slot, index)
 
-    return load(source, read, dtype=dtype, shardings=shardings, stacked=stacked, progress=progress)
+        return load(source, read_part, dtype=dtype, shardings=shardings, stacked=stacked, progress=progress)
+
+    return read(sources[0]) if stacked else _in_order(sources, layers, read)
 
 
 def update_huggingface(
@@ -70,6 +82,7 @@ def update_huggingface(
     *,
     layers: Sequence[int] | None = None,
     part: str | None = None,
+    round_norms: bool = False,
 ) -> None:
     """Writes layers back into a Hugging Face folder. Every other tensor and all metadata stay as they are.
 
@@ -80,32 +93,51 @@ def update_huggingface(
       params: of the layers, in the dtype of the file.
       layers: the layers to write; None: all.
       part: as for :func:`read_huggingface`.
+      round_norms: whether to round the factors 1 + w of Gemma 3n and 4, if they do not fit into the dtype of the file.
 
     Raises:
       ValueError: as for :func:`read_huggingface`, or if shapes or dtypes are not those of the file. Then nothing is
         written.
     """
     folder = local_folder(folder)
-    source = _source(folder, layers, part)
+    sources = _sources(folder, layers, part, round_norms)
+    numbers = _in_order(sources, layers, lambda source: list(source.slots))
     require(
-        len(params) == len(source.slots),
-        f"params must have parameters for {len(source.slots)} layers.",
+        len(params) == len(numbers),
+        f"params must have parameters for {len(numbers)} layers.",
         f"parameters for {len(params)}",
         "choose the layers with layers=.",
     )
-    numbered = dict(zip(source.slots, params))
-    tensors = stored_tensors(numbered, source.layout)
-    for number, layer in numbered.items():
-        for leaf, array in block_leaves(layer).items():
-            name = source.slots[number][leaf].tensor
-            require(
-                str(array.dtype) == source.tensors[name].dtype,
-                f"{name} must be {source.tensors[name].dtype}, as in {source.file(name)}.",
-                describe(array),
-                "cast the parameters: jax.tree.map(lambda leaf: leaf.astype(dtype), params).",
-            )
+    numbered = dict(zip(numbers, params))
     require_finite_layers(numbered)
-    safetensors_folder.update(folder, {name: source.file(name) for name in tensors}, tensors)
+    tensors: dict[str, Callable[[], Any]] = {}
+    for source in sources:
+        tensors |= stored_tensors({number: numbered[number] for number in source.slots}, source.layout)
+        for number, slots in source.slots.items():
+            for leaf, array in block_leaves(numbered[number]).items():
+                name = slots[leaf].tensor
+                dtype = source.tensors[name].dtype
+                if slots[leaf].plus_one:
+                    tensors[name] = functools.partial(_narrow, tensors[name], dtype, name, round_norms)
+                    continue
+                require(
+                    str(array.dtype) == dtype,
+                    f"{name} must be {dtype}, as in {source.file(name)}.",
+                    describe(array),
+                    "cast the parameters: jax.tree.map(lambda leaf: leaf.astype(dtype), params).",
+                )
+    files = {name: source.file(name) for source in sources for name in source.tensors if name in tensors}
+    safetensors_folder.update(folder, files, tensors)
+
+
+def _narrow(make: Callable[[], Any], dtype: str, name: str, rounding: bool) -> np.ndarray:
+    """A norm's factor in the dtype of the file."""
+    factor = np.asarray(make())
+    narrow = factor.astype(dtype)
+    lost = 0 if rounding else int((narrow.astype(factor.dtype) != factor).sum())
+    received = f"{lost} of {factor.size} numbers that {dtype} rounds"
+    require(lost == 0, f"{name} stores 1 + w in {dtype}.", received, "round_norms=True allows rounding.")
+    return narrow
 
 
 def write_huggingface(
@@ -150,16 +182,24 @@ def write_huggingface(
     safetensors_folder.create(folder, tensors, settings, shard_bytes)
 
 
-def _source(folder: Path, layers: Sequence[int] | None, part: str | None) -> Source:
-    """Where the layers are. It reads the headers of those files that hold them, and opens no other file."""
-    kind, (config, num_layers) = read_kind(folder, part)
+def _sources(folder: Path, layers: Sequence[int] | None, part: str | None, round_norms: bool = False) -> list[Source]:
+    """Where the layers are, those of one config together. It reads the headers of their files and opens no other."""
+    kind, configs = read_kind(folder, part)
     files = safetensors_folder.list_files(folder)
-    layout = huggingface(config, _prefix(files, folder, part), pre_norm=kind.pre_norm)
-    numbers = choose_layers(num_layers, layers)
-    wanted = {layout.name(stored, number) for number in numbers for stored in layout.stored}
+    prefix = _prefix(files, folder, part)
+    numbers: dict[MLPConfig, list[int]] = {}
+    for number in choose_layers(len(configs), layers):
+        numbers.setdefault(require_block(configs, number), []).append(number)
+    layouts = [huggingface(config, prefix, pre_norm=kind.pre_norm) for config in numbers]
+    if kind.norm_factors:
+        layouts = [norm_factors(layout, round_norms=round_norms) for layout in layouts]
+    pairs = list(zip(layouts, numbers.values()))
+    wanted = {layout.name(stored, number) for layout, own in pairs for number in own for stored in layout.stored}
     tensors = safetensors_folder.read_headers(files, wanted)
     try:
-        return Source.of(layout, tensors, num_layers, numbers, lambda name: files.get(name, folder))
+        return [
+            Source.of(layout, tensors, len(configs), own, lambda name: files.get(name, folder)) for layout, own in pairs
+        ]
     except ValueError as error:
         values = safetensors_folder.read_json(folder / "config.json")
         quantised: Any = values.get("quantization_config", values.get("quantization"))  # that of transformers, of mlx
@@ -168,6 +208,12 @@ def _source(folder: Path, layers: Sequence[int] | None, part: str | None) -> Sou
         said = ", ".join(f"{key} {value}" for key, value in quantised.items() if isinstance(value, str | int))
         fix = "dequantise them and save them, as dequantize() and save_pretrained() of transformers do."
         raise ValueError(f"{folder} must hold plain weights. Got: quantised ones, {said}. Fix: {fix}") from error
+
+
+def _in_order(sources: Sequence[Source], layers: Sequence[int] | None, read: Callable[[Source], list]) -> list:
+    """What `read` gives for each layer of the sources, in the order of `layers`, or by number."""
+    by_number = {number: layer for source in sources for number, layer in zip(source.slots, read(source))}
+    return [by_number[number] for number in (sorted(by_number) if layers is None else layers)]
 
 
 def _prefix(names: Iterable[str], folder: Path, part: str | None) -> str:

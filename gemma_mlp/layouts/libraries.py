@@ -4,6 +4,7 @@ Of two leaves in one tensor, the first has index 0 of the axis 2 (layout.py, `St
 add a layout" in this folder's README: some steps lie outside of this file.
 """
 
+import dataclasses
 import functools
 import inspect
 import re
@@ -102,6 +103,16 @@ def _deepmind(config, layer, transpose, *, lead="", weight="", **options) -> Lay
         modules=("mlp", "pre_ffw_norm", "post_ffw_norm"),
         **options,
     )
+
+
+def norm_factors(layout: Layout, *, round_norms: bool = False) -> Layout:
+    """A layout, but with norms stored as the factor itself, which is 1 + w here: those of Gemma 3n and Gemma 4.
+
+    w is then float32, or float64 if the factor is. A w that does not come exactly from the factor is refused, unless
+    `round_norms`. From a factor in bfloat16 it does, unless that is smaller than 2^-16.
+    """
+    stored = (dataclasses.replace(s, plus_one=s.leaves[0].endswith("_norm")) for s in layout.stored)
+    return dataclasses.replace(layout, stored=tuple(stored), round_norms=round_norms)
 
 
 def maxtext(
@@ -208,6 +219,8 @@ LAYOUTS: dict[str, Callable[..., Layout]] = {  # `detect` tries all of these; sc
     "gemma_mlp": gemma_mlp,
     "gemma_mlp_stacked": functools.partial(gemma_mlp, stacked=True),
 }
+FACTORS = re.compile(r"[/.](layer_scalar|skip_scale|altup|laurel)\b")  # tensors that only Gemma 3n and 4 have
+STORE_FACTORS = ("huggingface", "deepmind")  # where these models store a norm as its factor
 WITHOUT_POST_NORM = {"t5x"}  # these have no place for a post-norm, so they can hold Gemma 1 only
 
 
@@ -247,4 +260,6 @@ def detect(names: Iterable[str], config: MLPConfig) -> Layout:
         "make the layout by its function in gemma_mlp.layouts.",
     )
     layout_name, prefix = best[0]
-    return makers[layout_name](config, prefix)
+    layout = makers[layout_name](config, prefix)
+    stores_factors = layout_name.startswith(STORE_FACTORS) and any(FACTORS.search(name) for name in names)
+    return norm_factors(layout) if stores_factors else layout
