@@ -134,9 +134,7 @@ def their_layers(model, part):
 
 def logits(model):
     tokens = {"input_ids": torch.arange(12)[None] % 32}
-    tokens["output_hidden_states"] = (
-        True  # otherwise transformers 5.24 slices Gemma 4's per-layer inputs, which are None
-    )
+    tokens["output_hidden_states"] = True  # else transformers 5.24 slices per-layer inputs of Gemma 4 that are None
     if isinstance(model, transformers.ShieldGemma2ForImageClassification):
         model = model.model
     if model.config.is_encoder_decoder:
