@@ -40,7 +40,12 @@ SOURCE_TRANSPOSE = flags.DEFINE_boolean(
     "source_transpose_gating_einsum", None, "With --from=deepmind*: the source has (2, F, D). Needed where D = F."
 )
 ATTENTION_TYPES = flags.DEFINE_integer("attention_types", 2, "deepmind_stacked: the length of the attention pattern.")
-ROUND_NORMS = flags.DEFINE_boolean("round_norms", False, "maxtext*, t5x: round a norm if 1 + w cannot hold its w.")
+ROUND_NORMS = flags.DEFINE_boolean(
+    "round_norms", False, "maxtext*, t5x, Gemma 3n and 4: round a norm if 1 + w cannot hold its w."
+)
+NORM_FACTORS = flags.DEFINE_boolean(
+    "norm_factors", False, "--to and --from deepmind*: store norms as their factor 1 + w, as Gemma 3n and 4 do."
+)
 DTYPE = flags.DEFINE_enum("dtype", None, DTYPES, "Cast the parameters. By default their bits stay as they are.")
 DRY_RUN = flags.DEFINE_boolean("dry_run", False, "Check names, shapes and dtypes, print the table, write nothing.")
 
@@ -69,7 +74,7 @@ def convert(source: str, target: str) -> None:
         return
     params = read(source, config, source_layout, PART.value, "reading")
     if in_place:
-        checkpoint.update_huggingface(target, params, part=PART.value)
+        checkpoint.update_huggingface(target, params, part=PART.value, round_norms=ROUND_NORMS.value)
     elif TO.value == "huggingface":
         checkpoint.write_huggingface(target, params, config)
     else:
@@ -104,7 +109,10 @@ def make_layout(name: str, config: MLPConfig, transpose: bool | None) -> layouts
         "round_norms": ROUND_NORMS.value,
     }
     make = layouts.LAYOUTS[name]
-    return make(config, **{key: options[key] for key in options.keys() & inspect.signature(make).parameters})
+    layout = make(config, **{key: options[key] for key in options.keys() & inspect.signature(make).parameters})
+    if NORM_FACTORS.value and name.startswith("deepmind"):
+        return layouts.norm_factors(layout, round_norms=ROUND_NORMS.value)
+    return layout
 
 
 def read_shapes(path: str, config: MLPConfig, layout: layouts.Layout | None) -> list[MLPBlockParams]:
@@ -118,7 +126,8 @@ def read(
 ) -> list[MLPBlockParams]:
     progress = functools.partial(tqdm, desc=what, unit="tensor")
     if is_huggingface(path):
-        return checkpoint.read_huggingface(path, part=part, dtype=DTYPE.value, progress=progress)
+        options = {"part": part, "dtype": DTYPE.value, "round_norms": ROUND_NORMS.value, "progress": progress}
+        return checkpoint.read_huggingface(path, **options)
     return checkpoint.read_orbax(path, config, layout=layout, dtype=DTYPE.value, progress=progress)
 
 

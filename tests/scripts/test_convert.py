@@ -73,6 +73,26 @@ def test_a_part_of_a_t5gemma(tmp_path, part):
     assert equal(load(source), tensors)
 
 
+def test_gemma_4_between_hugging_face_and_deepmind(tmp_path):
+    """Both store a norm as its factor. w is float32 in between, and no bit of the factor is lost."""
+    stored = [
+        layer | {name: (1 + layer[name]).astype("bfloat16") for name in ("pre_norm", "post_norm")} for layer in arrays()
+    ]
+    settings = {"model_type": "gemma4_text", "hidden_size": D, "intermediate_size": F, "num_hidden_layers": LAYERS}
+    source = write(tmp_path / "source", stored, settings=settings)
+    to = [f"--target={tmp_path / 'c'}", "--to=deepmind_flat", "--transpose_gating_einsum"]
+    run(f"--source={source}", *to, "--norm_factors")
+    layout = layouts.norm_factors(layouts.deepmind_flat(CONFIG))
+    read = checkpoint.read_orbax(tmp_path / "c", CONFIG, layout=layout)
+    assert equal(read, checkpoint.read_huggingface(source))
+    plain = checkpoint.read_orbax(tmp_path / "c", CONFIG, dtype="bfloat16", layout=layouts.deepmind_flat(CONFIG))
+    assert equal(plain, params(stored))  # the numbers that are on the disk
+    target = write(tmp_path / "target", stored[::-1], settings=settings)
+    back = [f"--source={tmp_path / 'c'}", *ORBAX, "--from=deepmind_flat", "--norm_factors"]
+    run(*back, f"--target={target}", "--to=huggingface")
+    assert equal(load(target), load(source))
+
+
 def test_addresses_in_the_home_folder(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     write(tmp_path / "a", arrays())
