@@ -62,6 +62,7 @@ def read_huggingface(
     Raises:
       ValueError: names the tensor, the file, what was expected and what was found.
     """
+    layers = None if layers is None else list(layers)
     sources = _sources(local_folder(folder), layers, part, round_norms)
     widths = [source.layout.config.hidden_dim for source in sources]
     fix = "choose layers of one width with layers=, or read a list."
@@ -99,9 +100,9 @@ def update_huggingface(
       ValueError: as for :func:`read_huggingface`, or if shapes or dtypes are not those of the file. Then nothing is
         written.
     """
-    folder = local_folder(folder)
+    folder, layers = local_folder(folder), None if layers is None else list(layers)
     sources = _sources(folder, layers, part, round_norms)
-    numbers = _in_order(sources, layers, lambda source: list(source.slots))
+    numbers = _in_order(sources, layers, lambda source: source.slots)
     require(
         len(params) == len(numbers),
         f"params must have parameters for {len(numbers)} layers.",
@@ -109,7 +110,6 @@ def update_huggingface(
         "choose the layers with layers=.",
     )
     numbered = dict(zip(numbers, params))
-    require_finite_layers(numbered)
     tensors: dict[str, Callable[[], Any]] = {}
     for source in sources:
         tensors |= stored_tensors({number: numbered[number] for number in source.slots}, source.layout)
@@ -126,8 +126,8 @@ def update_huggingface(
                     describe(array),
                     "cast the parameters: jax.tree.map(lambda leaf: leaf.astype(dtype), params).",
                 )
-    files = {name: source.file(name) for source in sources for name in source.tensors if name in tensors}
-    safetensors_folder.update(folder, files, tensors)
+    require_finite_layers(numbered)
+    safetensors_folder.update(folder, {name: sources[0].file(name) for name in tensors}, tensors)
 
 
 def _narrow(make: Callable[[], Any], dtype: str, name: str, rounding: bool) -> np.ndarray:
@@ -210,7 +210,7 @@ def _sources(folder: Path, layers: Sequence[int] | None, part: str | None, round
         raise ValueError(f"{folder} must hold plain weights. Got: quantised ones, {said}. Fix: {fix}") from error
 
 
-def _in_order(sources: Sequence[Source], layers: Sequence[int] | None, read: Callable[[Source], list]) -> list:
+def _in_order(sources: Sequence[Source], layers: Sequence[int] | None, read: Callable[[Source], Iterable]) -> list:
     """What `read` gives for each layer of the sources, in the order of `layers`, or by number."""
     by_number = {number: layer for source in sources for number, layer in zip(source.slots, read(source))}
     return [by_number[number] for number in (sorted(by_number) if layers is None else layers)]

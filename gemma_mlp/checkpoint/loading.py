@@ -260,9 +260,10 @@ def _all_finite(array):
 
 def count_not_finite(array: Any) -> int:
     """The number of infinities and NaNs in an array."""
-    if isinstance(array, jax.Array):  # XLA computes in a device's own memory
+    if isinstance(array, jax.Array):
         own = next(iter(array.sharding.device_set)).default_memory().kind
-        array = jax.device_put(array, array.sharding.with_memory_kind(own))
+        if array.sharding.memory_kind != own:  # XLA computes in a device's own memory
+            array = jax.device_put(array, array.sharding.with_memory_kind(own))
     # On a CPU, sum() takes four bytes for each number, all() only one. So sum only if some are not finite.
     return 0 if _all_finite(array) else int((~jnp.isfinite(array)).sum())
 

@@ -274,7 +274,7 @@ def parse(data):
     """The tensors of a file, read by NumPy: eight bytes of length, then JSON, then data."""
     (length,) = struct.unpack("<Q", data[:8])
     header, body = json.loads(data[8 : 8 + length]), data[8 + length :]
-    dtypes = {"BF16": ml_dtypes.bfloat16, "F32": np.float32, "F64": np.float64}
+    dtypes = {"BF16": ml_dtypes.bfloat16, "F16": np.float16, "F32": np.float32, "F64": np.float64}
     tensors = {}
     for name, entry in header.items():
         if name != "__metadata__" and entry["dtype"] in dtypes:
@@ -284,9 +284,14 @@ def parse(data):
 
 
 def outcome(folder):
-    """Checks that reading gives either our error or exactly what the file says."""
+    """Checks that reading gives either our error or exactly what the file says, as it is and cast."""
+    outcome_of(folder, None)
+    outcome_of(folder, "float32")
+
+
+def outcome_of(folder, dtype):
     try:
-        layers = checkpoint.read_huggingface(folder)
+        layers = checkpoint.read_huggingface(folder, dtype=dtype)
     except ValueError:
         return
     tensors = parse((folder / "model.safetensors").read_bytes())
@@ -299,6 +304,7 @@ def outcome(folder):
             ("post_feedforward_layernorm", layer.post_norm.scale),
         ):
             expected = tensors[f"model.layers.{i}.{name}.weight"]
+            expected = expected if dtype is None else expected.astype(dtype)
             assert got.dtype == expected.dtype
             assert np.asarray(got).tobytes() == expected.tobytes()
 
