@@ -163,7 +163,8 @@ def read_kind(folder: str | Path, part: str | None) -> tuple[Kind, list[MLPConfi
         )
         widths = _of_each_layer("intermediate_size", values["intermediate_size"], num_layers)
         if "use_double_wide_mlp" in kind.defaults and values["use_double_wide_mlp"]:
-            shared = positive_int("num_kv_shared_layers", values["num_kv_shared_layers"])
+            shared = values["num_kv_shared_layers"]
+            shared = 0 if shared == 0 else positive_int("num_kv_shared_layers", shared)
             widths = [width * (2 if i >= num_layers - shared else 1) for i, width in enumerate(widths)]
         sparsity = values["activation_sparsity_pattern"] if "activation_sparsity_pattern" in kind.defaults else 0
         if sparsity is None:

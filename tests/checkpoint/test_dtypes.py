@@ -90,6 +90,15 @@ def test_a_stack_takes_the_widest_dtype_of_its_layers(tmp_path, form, mesh, dtyp
     assert narrow.mlp.gate_proj.dtype == ml_dtypes.bfloat16  # the other layers' dtypes do not count
 
 
+@pytest.mark.parametrize("stacked", [False, True])
+def test_a_norm_that_is_stored_as_1_plus_w_comes_as_w_in_float32(tmp_path, stacked):
+    """The block adds 1 in float32 again, and a training step changes w by less than bfloat16 holds."""
+    read, layers = reader("maxtext", tmp_path / "c", arrays(dtype=BFLOAT16))
+    got = read(stacked=stacked)
+    assert equal(got, layouts.stack(params(layers)) if stacked else params(layers))
+    assert layers[0]["pre_norm"].dtype == FLOAT32
+
+
 def test_shapes_are_those_of_what_is_read(tmp_path):
     for form in FORMS:
         read, _ = reader(form, tmp_path / form, arrays(dtype=FLOAT16))

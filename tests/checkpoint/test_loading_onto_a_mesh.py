@@ -6,6 +6,7 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from gemma_mlp import checkpoint, layouts
+from gemma_mlp.checkpoint import loading
 from tests.support.by_hand import CONFIG, LAYERS, arrays, equal, params
 from tests.support.huggingface_folder import write
 
@@ -83,6 +84,13 @@ def test_each_leaf_has_a_memory_kind_of_its_own(tmp_path, stacked):
     assert equal(got, layouts.stack(params(arrays())) if stacked else params(arrays()))
     for leaf, sharding in zip(jax.tree.leaves(got), jax.tree.leaves(wanted) * (1 if stacked else LAYERS), strict=True):
         assert leaf.sharding == sharding
+
+
+def test_a_stack_in_the_hosts_memory_is_never_on_the_device(read, monkeypatch):
+    """It may be larger than the device's memory."""
+    monkeypatch.setattr(loading, "_new_stack", None)  # makes stacks on devices
+    wanted = jax.tree.map(lambda sharding: sharding.with_memory_kind("pinned_host"), shardings(None))
+    check(read(stacked=True, shardings=wanted), layouts.stack(params(arrays())), wanted, pieces=4)
 
 
 def test_parameters_in_the_hosts_memory_are_written(tmp_path):

@@ -152,6 +152,10 @@ def test_widths_that_differ_from_layer_to_layer(tmp_path):
         got = read_configs(tmp_path, **named, use_double_wide_mlp=True)
         assert got == [MLPConfig(D, F)] * 15 + [wide] * 20
         assert read_configs(tmp_path, **named) == [MLPConfig(D, F)] * 35
+        none_shared = named | {"num_kv_shared_layers": 0}
+        assert read_configs(tmp_path, **none_shared, use_double_wide_mlp=True) == [MLPConfig(D, F)] * 35
+        with pytest.raises(ValueError, match="num_kv_shared_layers must be a whole number"):
+            read_configs(tmp_path, **named | {"num_kv_shared_layers": "20"}, use_double_wide_mlp=True)
     named = {"model_type": "gemma2", "num_hidden_layers": 2, "num_kv_shared_layers": 1, "use_double_wide_mlp": True}
     assert read_configs(tmp_path, **named) == [MLPConfig(D, F)] * 2  # names that mean nothing in Gemma 2
 
