@@ -22,7 +22,6 @@ from gemma_mlp.layouts.trees import flatten, to_tree
 from gemma_mlp.params import MLPBlockParams
 
 CHUNK_BYTES = 2**22  # of a tensor that is written; whole chunks are read and unpacked for any part of a tensor
-ITEM = ("_METADATA", "checkpoint")  # a folder of arrays holds one of these files; the second is that of older Orbax
 OPTIMIZER = {"opt_state", "param_states", "mu", "nu", "trace"}  # keys of train states: below them are no parameters
 
 
@@ -111,16 +110,16 @@ def _source(path: epath.Path, config: MLPConfig, layout: Layout | None, layers: 
 def _items(path: epath.Path) -> list[epath.Path]:
     """The folders that hold arrays: `path` itself, or the items of a step, or those of the latest step of a manager."""
 
-    def has_any(folder, *names):
-        return any((folder / name).is_file() for name in names)
+    def describes_arrays(folder):
+        return (folder / "_METADATA").is_file()
 
-    if has_any(path, *ITEM) or not path.is_dir():
+    if describes_arrays(path) or not path.is_dir():
         return [path]
     # A step may have items with numbers in their names, which are no steps. Newer Orbax marks a step by a file.
-    steps = [] if has_any(path, "_CHECKPOINT_METADATA") else ocp.utils.checkpoint_steps_paths(path)
+    steps = [] if (path / "_CHECKPOINT_METADATA").is_file() else ocp.utils.checkpoint_steps_paths(path)
     if steps:
         return _items(max(steps, key=lambda step: ocp.utils.step_from_checkpoint_name(step.name)))
-    return sorted(item for item in path.iterdir() if has_any(item, *ITEM)) or [path]
+    return sorted(filter(describes_arrays, path.iterdir())) or [path]
 
 
 def _tree(item: epath.Path) -> Any:

@@ -115,3 +115,21 @@ def test_the_names_of_an_orbax_checkpoint_tell_it(tmp_path, mark):
     written = layouts.to_tree(params(read), layout)
     wide = jax.tree.map(lambda leaf: np.asarray(leaf).astype(ml_dtypes.bfloat16), written)
     assert equal(wide, deepmind(stored, True))
+
+
+def test_other_libraries_keep_w_next_to_such_tensors():
+    """Such as a decoder of our blocks that has Gemma 4's scalar: the blocks hold w, as they read it."""
+    layers = params(arrays())
+    tree = layouts.to_tree(layers, layouts.gemma_mlp(CONFIG))
+    tree["layers_0"]["layer_scalar"] = np.ones(1, np.float32)
+    assert equal(layouts.from_tree(tree, layouts.detect(layouts.flatten(tree), CONFIG)), layers)
+
+
+def test_a_factor_in_float64_gives_w_in_float64():
+    layers = [
+        {name: np.asarray(leaf, np.float64) * 0.3 for name, leaf in layer.items()} for layer in arrays(dtype=np.float64)
+    ]
+    tree = deepmind([layer | {name: 1 + layer[name] for name in NORMS} for layer in layers], True)
+    layout = layouts.norm_factors(layouts.deepmind(CONFIG), round_norms=True)
+    got = layouts.from_tree(tree, layout)[2].post_norm.scale
+    assert got.dtype == np.float64 and np.abs(got - layers[2]["post_norm"]).max() < 1e-15
