@@ -144,7 +144,7 @@ def test_a_dry_run_writes_nothing(tmp_path, capsys):
         (["--source=absent", "--target=new", "--to=tunix"], "The model of an Orbax checkpoint must be given"),
         (["--source=absent", *ORBAX, "--target=new", "--to=tunix"], "absent must be an Orbax checkpoint"),
         (["--source=source", "--target=source", "--to=tunix"], "The target must be new"),
-        (["--source=source", "--target=gs://a/b", "--to=huggingface"], "on this disk.*'gs://a/b', a URL.*copy that"),
+        (["--source=absent", "--target=gs://a/b", "--to=huggingface"], "on this disk.*'gs://a/b', a URL.*copy that"),
         (["--source=source", "--target=s3://a/b", "--to=tunix"], "or a gs:// URL as a string.*'s3://a/b'"),
         (["--source=s3://a/b", *ORBAX, "--target=new", "--to=tunix"], "or a gs:// URL as a string.*'s3://a/b'"),
         (["--source=source", "--target=new", "--to=deepmind"], "orientation .* must be chosen"),
