@@ -109,5 +109,24 @@ PRESETS: types.MappingProxyType[str, MLPConfig] = types.MappingProxyType(
         gemma3_4b=_preset(2560, 10240),
         gemma3_12b=_preset(3840, 15360),
         gemma3_27b=_preset(5376, 21504),
+        # EmbeddingGemma report (arXiv:2509.20354), section 2: d_model 768, d_ff 1152.
+        embeddinggemma_300m=_preset(768, 1152),
+        # T5Gemma's own sizes, of encoder and decoder alike: DeepMind's gemma 4.0.1, research/t5gemma/config.py.
+        t5gemma_s=_preset(512, 1024),
+        t5gemma_b=_preset(768, 2048),
+        t5gemma_l=_preset(1024, 2816),
+        t5gemma_ml=_preset(1152, 6912),
+        t5gemma_xl=_preset(2048, 5120),
+        # VaultGemma report (arXiv:2510.15001), which prints 2F = 13824. D follows from its 1.04 B parameters.
+        vaultgemma_1b=_preset(1152, 6912, post_norm=False),
+        # Gemma 3n from layer 10 on (before, its gate has a threshold): gemma 4.0.1, gm/nn/gemma3n/_gemma3n.py.
+        gemma3n_e2b=_preset(2048, 8192),
+        gemma3n_e4b=_preset(2048, 16384),
+        # Dense Gemma 4: gm/nn/gemma4/_gemma4.py of the same, where F is 4 D. E2B's layers 15 to 34 are twice as wide.
+        gemma4_e2b=_preset(1536, 6144),
+        gemma4_e2b_wide=_preset(1536, 12288),
+        gemma4_e4b=_preset(2560, 10240),
+        gemma4_12b=_preset(3840, 15360),  # the released text config
+        gemma4_31b=_preset(5376, 21504),
     )
 )

@@ -20,6 +20,7 @@ from absl import flags
 from tqdm import tqdm
 
 from gemma_mlp import PRESETS, MLPBlockParams, MLPConfig, checkpoint, checks, layouts
+from gemma_mlp.checkpoint import addresses
 
 LAYOUTS = list(layouts.LAYOUTS)
 DTYPES = ["bfloat16", "float32", "float64"]
@@ -30,6 +31,7 @@ PRESET = flags.DEFINE_enum("preset", None, list(PRESETS), "The model of an Orbax
 EMBED_DIM = flags.DEFINE_integer("embed_dim", None, "D of an Orbax source, instead of --preset.", lower_bound=1)
 HIDDEN_DIM = flags.DEFINE_integer("hidden_dim", None, "F of an Orbax source, instead of --preset.", lower_bound=1)
 POST_NORM = flags.DEFINE_boolean("post_norm", True, "Whether an Orbax source has a norm after the MLP (Gemma 1: no).")
+PART = flags.DEFINE_enum("part", None, ["encoder", "decoder"], "The part of a Hugging Face folder of a T5Gemma.")
 TRANSPOSE = flags.DEFINE_boolean(
     "transpose_gating_einsum", None, "deepmind*: write gating_einsum as (2, F, D), or else (2, D, F)."
 )
@@ -38,57 +40,64 @@ SOURCE_TRANSPOSE = flags.DEFINE_boolean(
     "source_transpose_gating_einsum", None, "With --from=deepmind*: the source has (2, F, D). Needed where D = F."
 )
 ATTENTION_TYPES = flags.DEFINE_integer("attention_types", 2, "deepmind_stacked: the length of the attention pattern.")
-ROUND_NORMS = flags.DEFINE_boolean("round_norms", False, "maxtext*, t5x: round a norm if 1 + w cannot hold its w.")
+ROUND_NORMS = flags.DEFINE_boolean(
+    "round_norms", False, "maxtext*, t5x, Gemma 3n and 4: round a norm if 1 + w cannot hold its w."
+)
+NORM_FACTORS = flags.DEFINE_boolean(
+    "norm_factors", False, "--to and --from deepmind*: store norms as their factor 1 + w, as Gemma 3n and 4 do."
+)
 DTYPE = flags.DEFINE_enum("dtype", None, DTYPES, "Cast the parameters. By default their bits stay as they are.")
 DRY_RUN = flags.DEFINE_boolean("dry_run", False, "Check names, shapes and dtypes, print the table, write nothing.")
 
 
 def main():
     try:
-        convert(Path(SOURCE.value), Path(TARGET.value))
+        convert(SOURCE.value, TARGET.value)
     except ValueError as error:
         raise SystemExit(str(error)) from error
 
 
-def convert(source: Path, target: Path) -> None:
+def convert(source: str, target: str) -> None:
+    if TO.value == "huggingface":
+        target = str(addresses.local_folder(target, new=True))  # refuses a URL before anything is read
     config = source_config(source)
     layout = make_layout(TO.value, config, TRANSPOSE.value)
     source_layout = make_layout(FROM.value, config, SOURCE_TRANSPOSE.value) if FROM.value else None
     print_table(read_shapes(source, config, source_layout), layout)
-    in_place = TO.value == "huggingface" and target.exists()
-    checks.require(
-        in_place or not target.exists(), "The target must be new.", f"{target}, which exists", "use another."
-    )
+    exists = Path(target).expanduser().exists()
+    in_place = TO.value == "huggingface" and exists
+    checks.require(in_place or not exists, "The target must be new.", f"{target}, which exists", "use another.")
     if DRY_RUN.value:
         if in_place:
-            checkpoint.huggingface_shapes(target)
+            checkpoint.huggingface_shapes(target, part=PART.value)
         print("Dry run: nothing is written.")
         return
-    params = read(source, config, source_layout, "reading")
+    params = read(source, config, source_layout, PART.value, "reading")
     if in_place:
-        checkpoint.update_huggingface(target, params)
+        checkpoint.update_huggingface(target, params, part=PART.value, round_norms=ROUND_NORMS.value)
     elif TO.value == "huggingface":
         checkpoint.write_huggingface(target, params, config)
     else:
         checkpoint.write_orbax(target, params, layout)
-    require_same(params, read(target, config, layout, "verifying"))
+    part = PART.value if in_place else None  # a new folder has no parts
+    require_same(params, read(target, config, layout, part, "verifying"))
     print(f"{target}: {len(params)} layers, read back and the same, bit for bit.")
 
 
-def is_huggingface(path: Path) -> bool:
-    return (path / "config.json").exists()
+def is_huggingface(path: str) -> bool:
+    return (Path(path).expanduser() / "config.json").exists()
 
 
-def source_config(source: Path) -> MLPConfig:
+def source_config(source: str) -> MLPConfig:
     if is_huggingface(source):
-        return checkpoint.read_config(source).config
+        return checkpoint.read_config(source, part=PART.value).config
     if PRESET.value:
         return PRESETS[PRESET.value]
     if EMBED_DIM.value and HIDDEN_DIM.value:
         return MLPConfig(EMBED_DIM.value, HIDDEN_DIM.value, post_norm=POST_NORM.value)
     raise ValueError(
         "The model of an Orbax checkpoint must be given. Got: neither --preset, nor --embed_dim and --hidden_dim. "
-        "Fix: give one or the other; for a Hugging Face folder, check that --source has a config.json."
+        "Fix: give one or the other; for a Hugging Face folder, download it and check that it has a config.json."
     )
 
 
@@ -100,21 +109,25 @@ def make_layout(name: str, config: MLPConfig, transpose: bool | None) -> layouts
         "round_norms": ROUND_NORMS.value,
     }
     make = layouts.LAYOUTS[name]
-    return make(config, **{key: options[key] for key in options.keys() & inspect.signature(make).parameters})
+    layout = make(config, **{key: options[key] for key in options.keys() & inspect.signature(make).parameters})
+    if NORM_FACTORS.value and name.startswith("deepmind"):
+        return layouts.norm_factors(layout, round_norms=ROUND_NORMS.value)
+    return layout
 
 
-def read_shapes(path: Path, config: MLPConfig, layout: layouts.Layout | None) -> list[MLPBlockParams]:
+def read_shapes(path: str, config: MLPConfig, layout: layouts.Layout | None) -> list[MLPBlockParams]:
     if is_huggingface(path):
-        shapes = checkpoint.huggingface_shapes(path)
-    else:
-        shapes = checkpoint.orbax_shapes(path, config, layout=layout)
-    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, DTYPE.value or leaf.dtype), shapes)
+        return checkpoint.huggingface_shapes(path, part=PART.value, dtype=DTYPE.value)
+    return checkpoint.orbax_shapes(path, config, layout=layout, dtype=DTYPE.value)
 
 
-def read(path: Path, config: MLPConfig, layout: layouts.Layout | None, what: str) -> list[MLPBlockParams]:
+def read(
+    path: str, config: MLPConfig, layout: layouts.Layout | None, part: str | None, what: str
+) -> list[MLPBlockParams]:
     progress = functools.partial(tqdm, desc=what, unit="tensor")
     if is_huggingface(path):
-        return checkpoint.read_huggingface(path, dtype=DTYPE.value, progress=progress)
+        options = {"part": part, "dtype": DTYPE.value, "round_norms": ROUND_NORMS.value, "progress": progress}
+        return checkpoint.read_huggingface(path, **options)
     return checkpoint.read_orbax(path, config, layout=layout, dtype=DTYPE.value, progress=progress)
 
 

@@ -22,6 +22,20 @@ PUBLISHED = {  # name: (embed_dim, hidden_dim, post_norm), written out again fro
     "gemma3_4b": (2560, 10240, True),
     "gemma3_12b": (3840, 15360, True),
     "gemma3_27b": (5376, 21504, True),
+    "embeddinggemma_300m": (768, 1152, True),
+    "t5gemma_s": (512, 1024, True),
+    "t5gemma_b": (768, 2048, True),
+    "t5gemma_l": (1024, 2816, True),
+    "t5gemma_ml": (1152, 6912, True),
+    "t5gemma_xl": (2048, 5120, True),
+    "vaultgemma_1b": (1152, 6912, False),
+    "gemma3n_e2b": (2048, 8192, True),
+    "gemma3n_e4b": (2048, 16384, True),
+    "gemma4_e2b": (1536, 6144, True),
+    "gemma4_e2b_wide": (1536, 12288, True),
+    "gemma4_e4b": (2560, 10240, True),
+    "gemma4_12b": (3840, 15360, True),
+    "gemma4_31b": (5376, 21504, True),
 }
 
 GEMMA2 = {  # name: (layers, heads, kv heads, head_dim, MLP parameters per layer, non-embedding parameters)

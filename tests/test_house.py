@@ -22,9 +22,10 @@ FLOORS = [
     {"op.xla", "op.tpu_forward", "op.tpu_backward", "op.gpu", "layouts.libraries", "layouts.trees"},
     {"op.vjp", "op.tpu", "layouts"},
     {"op.choose"},
-    {"op.api", "checkpoint.loading", "checkpoint.safetensors_folder"},
-    {"block", "checkpoint.huggingface", "checkpoint.orbax"},
-    {"nnx", "linen", "checkpoint", "testing.stacks"},
+    {"op.api", "checkpoint.addresses", "checkpoint.loading", "checkpoint.safetensors_folder"},
+    {"block", "checkpoint.config_json", "checkpoint.orbax"},
+    {"nnx", "linen", "checkpoint.huggingface", "testing.stacks"},
+    {"checkpoint"},
 ]
 EMPTY = {"__init__", "op", "testing"}  # packages that hold no names of their own
 FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}

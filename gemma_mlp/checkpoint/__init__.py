@@ -3,9 +3,10 @@
 It never opens a pickle. It needs the `checkpoint` extra.
 """
 
-from gemma_mlp.checkpoint.huggingface import Model as Model
+from gemma_mlp.checkpoint.config_json import Model as Model
+from gemma_mlp.checkpoint.config_json import read_config as read_config
+from gemma_mlp.checkpoint.config_json import read_configs as read_configs
 from gemma_mlp.checkpoint.huggingface import huggingface_shapes as huggingface_shapes
-from gemma_mlp.checkpoint.huggingface import read_config as read_config
 from gemma_mlp.checkpoint.huggingface import read_huggingface as read_huggingface
 from gemma_mlp.checkpoint.huggingface import update_huggingface as update_huggingface
 from gemma_mlp.checkpoint.huggingface import write_huggingface as write_huggingface

@@ -1,93 +1,60 @@
-"""Reads, updates and writes the block's parameters in Hugging Face folders of Gemma 1, 2 and 3."""
+"""Reads, updates and writes the block's parameters in Hugging Face folders of Gemma and the models made from it."""
 
+import functools
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-from gemma_mlp.activations import ACTIVATIONS, Activation
+import numpy as np
+
+from gemma_mlp.activations import ACTIVATIONS
 from gemma_mlp.checkpoint import safetensors_folder
+from gemma_mlp.checkpoint.addresses import local_folder
+from gemma_mlp.checkpoint.config_json import NAMES, read_kind, require_block
 from gemma_mlp.checkpoint.loading import Progress, Source, choose_layers, load, require_finite_layers
-from gemma_mlp.checks import describe, positive_int, require, require_choice
+from gemma_mlp.checks import describe, require
 from gemma_mlp.config import MLPConfig
-from gemma_mlp.layouts.libraries import huggingface
+from gemma_mlp.layouts.libraries import huggingface, norm_factors
 from gemma_mlp.layouts.trees import block_leaves, stored_tensors
 from gemma_mlp.params import MLPBlockParams
 
-# `hidden_activation` or `hidden_act` of a config.json: the names of transformers' ACT2FN.
-NAMES: dict[str, Activation] = {a.huggingface: name for name, a in ACTIVATIONS.items() if a.huggingface is not None}
-MODEL_TYPES = {"gemma": False, "gemma2": True, "gemma3_text": True}  # whether there is a norm after the MLP
 
-
-class Model(NamedTuple):
-    """What a config.json says."""
-
-    config: MLPConfig
-    num_layers: int
-
-
-def read_config(folder: str | Path) -> Model:
-    """The block's config and the number of layers, from the config.json of a Hugging Face folder of Gemma 1, 2 or 3.
-
-    `hidden_activation` takes precedence over `hidden_act`. In Gemma 1, "gelu" means the tanh form, as in transformers.
-
-    Raises:
-      ValueError: if the file is missing, belongs to another model, or has an unknown value.
-    """
-    path = Path(folder) / "config.json"
-    values = safetensors_folder.read_json(path)
-    if values.get("model_type") == "gemma3":  # with images: the language model's values are nested
-        nested: Any = values.get("text_config")
-        require(isinstance(nested, dict), f"{path} must have a text_config.", describe(nested), "download it again.")
-        values = {**nested, "model_type": "gemma3_text"}
-    for name in ("model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "rms_norm_eps"):
-        require(name in values, f"{path} must have a {name}.", ", ".join(values) or "nothing", "download it again.")
-    model_type: Any = values["model_type"]
-    activation: Any = values.get("hidden_activation") or values.get("hidden_act")
-    require_choice(f"model_type in {path}", model_type, MODEL_TYPES)
-    require_choice(f"hidden_activation, or else hidden_act, in {path}", activation, NAMES)
-    if (model_type, activation) == ("gemma", "gelu"):
-        activation = "gelu_pytorch_tanh"
-    try:
-        config = MLPConfig(
-            values["hidden_size"],
-            values["intermediate_size"],
-            activation=NAMES[activation],
-            norm_eps=values["rms_norm_eps"],
-            post_norm=MODEL_TYPES[model_type],
-        )
-        return Model(config, positive_int("num_hidden_layers", values["num_hidden_layers"]))
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
-
-
-def huggingface_shapes(folder: str | Path) -> list[MLPBlockParams]:
+def huggingface_shapes(folder: str | Path, *, part: str | None = None, dtype: Any = None) -> list[MLPBlockParams]:
     """The `jax.ShapeDtypeStruct`s of what :func:`read_huggingface` reads. All is checked except the values."""
-    return _source(Path(folder)).shapes()
+    return _in_order(_sources(local_folder(folder), None, part), None, lambda source: source.shapes(dtype))
 
 
 def read_huggingface(
     folder: str | Path,
     *,
     layers: Sequence[int] | None = None,
+    part: str | None = None,
     dtype: Any = None,
     shardings: Any = None,
     stacked: bool = False,
+    round_norms: bool = False,
     progress: Progress | None = None,
 ) -> Any:
-    """The block's parameters from a Hugging Face folder of Gemma 1, 2 or 3. No other tensor is read.
+    """The block's parameters from a Hugging Face folder of a Gemma. No other tensor is read.
 
     It returns only if every tensor is there, has the shape that config.json says, and is finite. Besides the result,
     at most one tensor is in memory.
 
     Args:
-      folder: holds config.json and safetensors, in one file or in shards with an index.
+      folder: holds config.json and safetensors, in one file or in shards with an index. It must be on this disk: a URL
+        or a name on the hub is refused.
       layers: the layers to read, such as [3] or range(2, 5); None: all.
-      dtype: to cast to; None: as in the file.
+      part: of a T5Gemma: "encoder" or "decoder"; None for all other models.
+      dtype: to cast to, from any of bfloat16, float16, float32 and float64; None: as in the file, which must not be
+        float16.
       shardings: a device, or an `MLPBlockParams` of shardings (of the stacked leaves if `stacked`); None: the default
         device.
-      stacked: whether to stack the layers on a new first axis, for `jax.lax.scan`.
-      progress: wraps the iteration over tensors, as tqdm does.
+      stacked: whether to stack the layers on a new first axis, for `jax.lax.scan`. Layers of several dtypes take the
+        widest.
+      round_norms: Gemma 3n and 4 store a norm as its factor, 1 + w. True: round a w that does not come exactly from it,
+        which happens to factors in float32. False: refuse it.
+      progress: wraps the iteration over tensors, as tqdm does; of each width in turn, if layers differ.
 
     Returns:
       A list of `MLPBlockParams`, or one whose leaves are stacked.
@@ -95,16 +62,28 @@ def read_huggingface(
     Raises:
       ValueError: names the tensor, the file, what was expected and what was found.
     """
-    source = _source(Path(folder), layers)
+    layers = None if layers is None else list(layers)
+    sources = _sources(local_folder(folder), layers, part, round_norms)
+    widths = [source.layout.config.hidden_dim for source in sources]
+    fix = "choose layers of one width with layers=, or read a list."
+    require(not stacked or len(widths) == 1, "A stack needs layers of one width.", f"hidden_dim {widths}", fix)
 
-    def read(slot, index):
-        return safetensors_folder.read_slot(source.file(slot.tensor), slot, index)
+    def read(source):
+        def read_part(slot, index):
+            return safetensors_folder.read_slot(source.file(slot.tensor), slot, index)
 
-    return load(source, read, dtype=dtype, shardings=shardings, stacked=stacked, progress=progress)
+        return load(source, read_part, dtype=dtype, shardings=shardings, stacked=stacked, progress=progress)
+
+    return read(sources[0]) if stacked else _in_order(sources, layers, read)
 
 
 def update_huggingface(
-    folder: str | Path, params: Sequence[MLPBlockParams], *, layers: Sequence[int] | None = None
+    folder: str | Path,
+    params: Sequence[MLPBlockParams],
+    *,
+    layers: Sequence[int] | None = None,
+    part: str | None = None,
+    round_norms: bool = False,
 ) -> None:
     """Writes layers back into a Hugging Face folder. Every other tensor and all metadata stay as they are.
 
@@ -114,31 +93,51 @@ def update_huggingface(
       folder: as for :func:`read_huggingface`.
       params: of the layers, in the dtype of the file.
       layers: the layers to write; None: all.
+      part: as for :func:`read_huggingface`.
+      round_norms: whether to round the factors 1 + w of Gemma 3n and 4, if they do not fit into the dtype of the file.
 
     Raises:
       ValueError: as for :func:`read_huggingface`, or if shapes or dtypes are not those of the file. Then nothing is
         written.
     """
-    source = _source(Path(folder), layers)
+    folder, layers = local_folder(folder), None if layers is None else list(layers)
+    sources = _sources(folder, layers, part, round_norms)
+    numbers = _in_order(sources, layers, lambda source: source.slots)
     require(
-        len(params) == len(source.slots),
-        f"params must have parameters for {len(source.slots)} layers.",
+        len(params) == len(numbers),
+        f"params must have parameters for {len(numbers)} layers.",
         f"parameters for {len(params)}",
         "choose the layers with layers=.",
     )
-    numbered = dict(zip(source.slots, params))
-    tensors = stored_tensors(numbered, source.layout)
-    for number, layer in numbered.items():
-        for leaf, array in block_leaves(layer).items():
-            name = source.slots[number][leaf].tensor
-            require(
-                str(array.dtype) == source.tensors[name].dtype,
-                f"{name} must be {source.tensors[name].dtype}, as in {source.file(name)}.",
-                describe(array),
-                "cast the parameters: jax.tree.map(lambda leaf: leaf.astype(dtype), params).",
-            )
+    numbered = dict(zip(numbers, params))
+    tensors: dict[str, Callable[[], Any]] = {}
+    for source in sources:
+        tensors |= stored_tensors({number: numbered[number] for number in source.slots}, source.layout)
+        for number, slots in source.slots.items():
+            for leaf, array in block_leaves(numbered[number]).items():
+                name = slots[leaf].tensor
+                dtype = source.tensors[name].dtype
+                if slots[leaf].plus_one:
+                    tensors[name] = functools.partial(_narrow, tensors[name], dtype, name, round_norms)
+                    continue
+                require(
+                    str(array.dtype) == dtype,
+                    f"{name} must be {dtype}, as in {source.file(name)}.",
+                    describe(array),
+                    "cast the parameters: jax.tree.map(lambda leaf: leaf.astype(dtype), params).",
+                )
     require_finite_layers(numbered)
-    safetensors_folder.update(Path(folder), {name: source.file(name) for name in tensors}, tensors)
+    safetensors_folder.update(folder, {name: sources[0].file(name) for name in tensors}, tensors)
+
+
+def _narrow(make: Callable[[], Any], dtype: str, name: str, rounding: bool) -> np.ndarray:
+    """A norm's factor in the dtype of the file."""
+    factor = np.asarray(make())
+    narrow = factor.astype(dtype)
+    lost = 0 if rounding else int((narrow.astype(factor.dtype) != factor).sum())
+    received = f"{lost} of {factor.size} numbers that {dtype} rounds"
+    require(lost == 0, f"{name} stores 1 + w in {dtype}.", received, "round_norms=True allows rounding.")
+    return narrow
 
 
 def write_huggingface(
@@ -160,6 +159,7 @@ def write_huggingface(
       ValueError: if the folder exists, a shape is not that of the config, a number is not finite, or config.json has
         no name for the activation.
     """
+    folder = local_folder(folder, new=True)
     model_type = "gemma2" if config.post_norm else "gemma"
     activation = ACTIVATIONS[config.activation].huggingface
     require(
@@ -179,28 +179,52 @@ def write_huggingface(
         "hidden_activation": activation,
         "rms_norm_eps": config.norm_eps,
     }
-    safetensors_folder.create(Path(folder), tensors, settings, shard_bytes)
+    safetensors_folder.create(folder, tensors, settings, shard_bytes)
 
 
-def _source(folder: Path, layers: Sequence[int] | None = None) -> Source:
-    """Where the layers are. It reads the headers of those files that hold them, and opens no other file."""
-    config, num_layers = read_config(folder)
+def _sources(folder: Path, layers: Sequence[int] | None, part: str | None, round_norms: bool = False) -> list[Source]:
+    """Where the layers are, those of one config together. It reads the headers of their files and opens no other."""
+    kind, configs = read_kind(folder, part)
     files = safetensors_folder.list_files(folder)
-    layout = huggingface(config, _prefix(files, folder))
-    numbers = choose_layers(num_layers, layers)
-    wanted = {layout.name(stored, number) for number in numbers for stored in layout.stored}
+    prefix = _prefix(files, folder, part)
+    numbers: dict[MLPConfig, list[int]] = {}
+    for number in choose_layers(len(configs), layers):
+        numbers.setdefault(require_block(configs, number), []).append(number)
+    layouts = [huggingface(config, prefix, pre_norm=kind.pre_norm) for config in numbers]
+    if kind.norm_factors:
+        layouts = [norm_factors(layout, round_norms=round_norms) for layout in layouts]
+    pairs = list(zip(layouts, numbers.values()))
+    wanted = {layout.name(stored, number) for layout, own in pairs for number in own for stored in layout.stored}
     tensors = safetensors_folder.read_headers(files, wanted)
-    return Source.of(layout, tensors, num_layers, numbers, lambda name: files.get(name, folder))
+    try:
+        return [
+            Source.of(layout, tensors, len(configs), own, lambda name: files.get(name, folder)) for layout, own in pairs
+        ]
+    except ValueError as error:
+        values = safetensors_folder.read_json(folder / "config.json")
+        quantised: Any = values.get("quantization_config", values.get("quantization"))  # that of transformers, of mlx
+        if not isinstance(quantised, dict):
+            raise
+        said = ", ".join(f"{key} {value}" for key, value in quantised.items() if isinstance(value, str | int))
+        fix = "dequantise them and save them, as dequantize() and save_pretrained() of transformers do."
+        raise ValueError(f"{folder} must hold plain weights. Got: quantised ones, {said}. Fix: {fix}") from error
 
 
-def _prefix(names: Iterable[str], folder: Path) -> str:
-    """What stands before `layers.0`: "model." or, in models with images, one of two longer prefixes."""
+def _in_order(sources: Sequence[Source], layers: Sequence[int] | None, read: Callable[[Source], Iterable]) -> list:
+    """What `read` gives for each layer of the sources, in the order of `layers`, or by number."""
+    by_number = {number: layer for source in sources for number, layer in zip(source.slots, read(source))}
+    return [by_number[number] for number in (sorted(by_number) if layers is None else layers)]
+
+
+def _prefix(names: Iterable[str], folder: Path, part: str | None) -> str:
+    """What stands before `layers.0`: "model.", or a longer prefix in models of several parts."""
     pattern = re.compile(r"(.*\b|)layers\.\d+\.mlp\.(?:gate|up|down)_proj\.weight")
     prefixes = {match[1] for name in names if (match := pattern.fullmatch(name))}
+    prefixes = {prefix for prefix in prefixes if part is None or part in prefix.split(".")}
     require(
         len(prefixes) <= 1,
         f"{folder} must hold only one model that has layers with an MLP of this kind.",
         f"{len(prefixes)}: {', '.join(sorted(prefixes))}",
         "keep each model in a folder of its own.",
     )
-    return prefixes.pop() if prefixes else "model."
+    return prefixes.pop() if prefixes else f"model.{part}." if part else "model."

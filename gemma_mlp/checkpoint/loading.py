@@ -10,7 +10,6 @@ import math
 import operator
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -19,7 +18,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from gemma_mlp.checks import describe, require
-from gemma_mlp.dtypes import accumulation_dtype, compute_dtype
+from gemma_mlp.dtypes import DTYPES, accumulation_dtype, compute_dtype, widest
 from gemma_mlp.layouts.layout import Layout, Slot, locate
 from gemma_mlp.layouts.trees import block_leaves, make_params
 from gemma_mlp.params import MLPBlockParams
@@ -37,20 +36,35 @@ class Source(NamedTuple):
     layout: Layout
     tensors: Mapping[str, Any]  # by name, with shape and dtype
     slots: Mapping[int, Mapping[str, Slot]]  # by layer and leaf
-    file: Callable[[str], Path]  # gives the file of a tensor, or the folder if its file is not known
+    file: Callable[[str], Any]  # gives the file of a tensor, or the folder if its file is not known
 
     @classmethod
     def of(cls, layout: Layout, tensors: Mapping[str, Any], num_layers: int, layers: Sequence[int], file) -> "Source":
-        return cls(layout, tensors, dict(zip(layers, locate(layout, tensors, num_layers, layers, file))), file)
+        slots = locate(layout, tensors, num_layers, layers, file, (*DTYPES, "float16"))
+        return cls(layout, tensors, dict(zip(layers, slots)), file)
 
-    def shapes(self) -> list[MLPBlockParams]:
-        """The layers as `jax.ShapeDtypeStruct`s."""
+    def dtypes(self, dtype: Any) -> list[dict[str, jnp.dtype]]:
+        """The dtype that each leaf of each layer is read in. Raises ValueError if one is not possible."""
 
-        def shape(slot):
-            tensor = self.tensors[slot.tensor]
-            return slot.read(jax.ShapeDtypeStruct(tensor.shape, tensor.dtype))
+        def of_slot(slot):
+            own = self.tensors[slot.tensor].dtype
+            require(
+                dtype is not None or str(own) != "float16",
+                f"{slot.tensor} in {self.file(slot.tensor)} must be of {', '.join(DTYPES)}, or be cast as it is read.",
+                describe(self.tensors[slot.tensor]),
+                'dtype="float32" keeps every number of it, dtype="bfloat16" rounds; float16 overflows on real weights.',
+            )
+            return compute_dtype(dtype or (accumulation_dtype(own) if slot.plus_one else own))
 
-        return [make_params({leaf: shape(slot) for leaf, slot in layer.items()}) for layer in self.slots.values()]
+        return [{leaf: of_slot(slot) for leaf, slot in layer.items()} for layer in self.slots.values()]
+
+    def shapes(self, dtype: Any) -> list[MLPBlockParams]:
+        """The layers as `jax.ShapeDtypeStruct`s, cast to `dtype`; None: as stored."""
+        shapes = self.layout.leaf_shapes
+        return [
+            make_params({leaf: jax.ShapeDtypeStruct(shapes[leaf], of_leaf) for leaf, of_leaf in layer.items()})
+            for layer in self.dtypes(dtype)
+        ]
 
 
 def choose_layers(num_layers: int, layers: Sequence[int] | None) -> Sequence[int]:
@@ -74,6 +88,9 @@ def load(source: Source, read: Read, *, dtype: Any, shardings: Any, stacked: boo
     Raises ValueError if a tensor is not finite, or a dtype or sharding is not possible.
     """
     shapes = source.layout.leaf_shapes
+    dtypes = source.dtypes(dtype)
+    if stacked:  # layers of several dtypes take the widest, which rounds none of them
+        dtypes = [{leaf: jnp.dtype(widest(*(layer[leaf] for layer in dtypes))) for leaf in shapes}] * len(dtypes)
     result = (_Stack if stacked else _List)(len(source.slots), shapes, shardings)
     by_tensor: dict[str, list[tuple[int, Slot]]] = {}  # so that leaves of one tensor are read one after the other
     for position, slots in enumerate(source.slots.values()):
@@ -81,11 +98,10 @@ def load(source: Source, read: Read, *, dtype: Any, shardings: Any, stacked: boo
             by_tensor.setdefault(slot.tensor, []).append((position, slot))
     for name in progress(list(by_tensor)) if progress else by_tensor:
         for position, slot in by_tensor[name]:
-            own = source.tensors[name].dtype
-            target = compute_dtype(dtype or (accumulation_dtype(own) if slot.plus_one else own))
 
-            def read_part(index, slot=slot, dtype=target):
-                return np.ascontiguousarray(read(slot, index), dtype)  # otherwise JAX keeps a copy next to its array
+            def read_part(index, slot=slot, dtype=dtypes[position][slot.leaf]):
+                with np.errstate(over="ignore"):  # what the dtype cannot hold becomes an infinity, which is refused
+                    return np.ascontiguousarray(read(slot, index), dtype)  # or JAX keeps a copy next to its array
 
             not_finite = result.add(position, slot.leaf, read_part)
             require_finite(f"{name} in {source.file(name)}", not_finite, math.prod(shapes[slot.leaf]))
@@ -142,7 +158,8 @@ def read_parts(
             index = (*(slice(*bounds) for bounds in rest), slice(start, min(start + step, last)))
             data = read(index)
             for replica, device in enumerate(devices):
-                yield Part(index, jax.block_until_ready(jax.device_put(data, device)), device, replica)
+                place = SingleDeviceSharding(device, memory_kind=sharding.memory_kind)
+                yield Part(index, jax.block_until_ready(jax.device_put(data, place)), device, replica)
             del data
 
 
@@ -176,7 +193,8 @@ class _Stack:
         """Takes one leaf. Returns how many of its numbers are not finite."""
         sharding, not_finite = self._shardings[leaf], 0
         if isinstance(sharding, NamedSharding):  # that of one layer
-            sharding = NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[1:]))
+            spec, memory_kind = PartitionSpec(*sharding.spec[1:]), sharding.memory_kind
+            sharding = NamedSharding(sharding.mesh, spec, memory_kind=memory_kind)
         for part in read_parts(read, self._shapes[leaf][1:], sharding, STACK_PARTS):
             self._write(layer, leaf, part)
             not_finite += 0 if part.replica else count_not_finite(part.data)
@@ -187,7 +205,9 @@ class _Stack:
         """Writes a part into its device's shard of the stack, unless the layer lies in another device's shard."""
         shape, sharding, stacks = self._shapes[leaf], self._shardings[leaf], self._stacks[leaf]
         if part.device not in stacks:
-            stacks[part.device] = _new_stack(sharding.shard_shape(shape), part.data.dtype, part.device)
+            of_host = part.data.sharding.memory_kind != part.device.default_memory().kind
+            make = _host_stack if of_host else functools.partial(_new_stack, device=part.device)
+            stacks[part.device] = make(sharding.shard_shape(shape), part.data.dtype)
         stack = stacks[part.device]
         held = sharding.addressable_devices_indices_map(shape)[part.device]
         start = [(to.start or 0) - (own.start or 0) for to, own in zip((slice(layer, None), *part.index), held)]
@@ -201,20 +221,26 @@ class _Stack:
     def params(self) -> MLPBlockParams:
         stacks = {}
         for leaf, parts in self._stacks.items():
-            arrays = [jax.device_put(stack, device, may_alias=True) for device, stack in parts.items()]
             shape, sharding = self._shapes[leaf], self._shardings[leaf]
+            arrays = []
+            for device in list(parts):
+                place = SingleDeviceSharding(device, memory_kind=sharding.memory_kind)
+                arrays.append(jax.device_put(parts.pop(device), place, may_alias=True))
             stacks[leaf] = jax.make_array_from_single_device_arrays(shape, sharding, arrays)
         return make_params(stacks)
 
 
 def _new_stack(shape: tuple[int, ...], dtype: Any, device: Any) -> jax.Array | np.ndarray:
-    """Zeros on a device. For a CPU they are NumPy's, in memory that JAX can use without a copy.
+    """Zeros on a device. For a CPU they are those of :func:`_host_stack`.
 
-    NumPy's zeros take no memory until they are written. JAX's zeros take the memory of the whole stack at once. With
-    them, reading an Orbax checkpoint that has one chunk for each tensor would need twice as much besides the result.
+    JAX's zeros take the memory of the whole stack at once. With them, reading an Orbax checkpoint that has one chunk
+    for each tensor would need twice as much besides the result.
     """
-    if device.platform != "cpu":
-        return jnp.zeros(shape, dtype, device=device)
+    return _host_stack(shape, dtype) if device.platform == "cpu" else jnp.zeros(shape, dtype, device=device)
+
+
+def _host_stack(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+    """NumPy's zeros, which take no memory until they are written, where JAX on a CPU can use them without a copy."""
     size = math.prod(shape) * dtype.itemsize
     memory = np.zeros(size + ALIGNMENT, np.uint8)
     start = -memory.ctypes.data % ALIGNMENT
@@ -234,13 +260,17 @@ def _all_finite(array):
 
 def count_not_finite(array: Any) -> int:
     """The number of infinities and NaNs in an array."""
+    if isinstance(array, jax.Array):
+        own = next(iter(array.sharding.device_set)).default_memory().kind
+        if array.sharding.memory_kind != own:  # XLA computes in a device's own memory
+            array = jax.device_put(array, array.sharding.with_memory_kind(own))
     # On a CPU, sum() takes four bytes for each number, all() only one. So sum only if some are not finite.
     return 0 if _all_finite(array) else int((~jnp.isfinite(array)).sum())
 
 
 def require_finite(name: str, not_finite: int, size: int) -> None:
     rule, received = f"{name} must be finite.", f"{not_finite} numbers that are not, of {size}"
-    require(not_finite == 0, rule, received, "find a sound copy.")
+    require(not_finite == 0, rule, received, "find a sound copy, or read it in a wider dtype.")
 
 
 def require_finite_layers(layers: Mapping[int, MLPBlockParams]) -> None:

@@ -10,7 +10,9 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore
+from etils import epath
 
+from gemma_mlp.checkpoint.addresses import orbax_path
 from gemma_mlp.checkpoint.loading import Progress, Source, choose_layers, load, require_finite_layers
 from gemma_mlp.checks import require
 from gemma_mlp.config import MLPConfig
@@ -20,6 +22,7 @@ from gemma_mlp.layouts.trees import flatten, to_tree
 from gemma_mlp.params import MLPBlockParams
 
 CHUNK_BYTES = 2**22  # of a tensor that is written; whole chunks are read and unpacked for any part of a tensor
+OPTIMIZER = {"opt_state", "param_states", "mu", "nu", "trace"}  # keys of train states: below them are no parameters
 
 
 def read_orbax(
@@ -39,9 +42,11 @@ def read_orbax(
     itself did, up to two are. This folder's README says why.
 
     Args:
-      path: the folder that Orbax's checkpointers write. For a CheckpointManager, give the item inside a step.
+      path: on this disk or in gs://BUCKET. The folder that Orbax's checkpointers write, the folder of a step, or that
+        of a CheckpointManager, whose latest step is then read.
       config: the block's sizes.
-      layout: of the tree in the checkpoint; None: :func:`gemma_mlp.layouts.detect` tells it by the names.
+      layout: of the tree in the checkpoint; None: :func:`gemma_mlp.layouts.detect` tells it by the names, in which the
+        state of an optimizer does not count. If a step has several items, names begin with that of the item.
       layers, dtype, shardings, stacked, progress: as for :func:`read_huggingface`.
 
     Returns:
@@ -50,10 +55,9 @@ def read_orbax(
     Raises:
       ValueError: as :func:`read_huggingface`.
     """
-    path = Path(path).absolute()
-    source = _source(path, config, layout, layers)
+    source = _source(orbax_path(path), config, layout, layers)
     # Leaves of one tensor are read one after the other.
-    tensor = functools.lru_cache(1)(lambda name: _Tensor(path, name, source.tensors[name]))
+    tensor = functools.lru_cache(1)(lambda name: _Tensor(source.file(name), name, source.tensors[name]))
 
     def read(slot, index):
         return slot.read(tensor(slot.tensor), index)
@@ -61,9 +65,11 @@ def read_orbax(
     return load(source, read, dtype=dtype, shardings=shardings, stacked=stacked, progress=progress)
 
 
-def orbax_shapes(path: str | Path, config: MLPConfig, *, layout: Layout | None = None) -> list[MLPBlockParams]:
+def orbax_shapes(
+    path: str | Path, config: MLPConfig, *, layout: Layout | None = None, dtype: Any = None
+) -> list[MLPBlockParams]:
     """The `jax.ShapeDtypeStruct`s of what :func:`read_orbax` reads. All is checked except the values."""
-    return _source(Path(path).absolute(), config, layout).shapes()
+    return _source(orbax_path(path), config, layout).shapes(dtype)
 
 
 def write_orbax(path: str | Path, params: Sequence[MLPBlockParams], layout: Layout) -> None:
@@ -72,42 +78,80 @@ def write_orbax(path: str | Path, params: Sequence[MLPBlockParams], layout: Layo
     Raises:
       ValueError: if the path exists, a number is not finite, or :func:`gemma_mlp.layouts.to_tree` raises it.
     """
-    path = Path(path).absolute()
-    require(not path.exists(), "A checkpoint must be written to a new folder.", f"{path}, which exists", "use another.")
+    root = orbax_path(path)
+    require(not root.exists(), "A checkpoint must be written to a new folder.", f"{root}, which exists", "use another.")
     require_finite_layers(dict(enumerate(params)))
     tree = to_tree(params, layout)
     chunked = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES), tree)
     with ocp.PyTreeCheckpointer() as checkpointer:
-        checkpointer.save(path, args=ocp.args.PyTreeSave(tree, save_args=chunked))
+        checkpointer.save(root, args=ocp.args.PyTreeSave(tree, save_args=chunked))
 
 
-def _source(path: Path, config: MLPConfig, layout: Layout | None, layers: Sequence[int] | None = None) -> Source:
+def _source(path: epath.Path, config: MLPConfig, layout: Layout | None, layers: Sequence[int] | None = None) -> Source:
     """Where the layers are."""
+    items = _items(path)
+    tensors: dict[str, Any] = {}  # shapes and dtypes by name
+    places: dict[str, epath.Path] = {}  # the item that holds each
+    for item in items:
+        for name, tensor in flatten(_tree(item)).items():
+            # Flax's `nnx.State` is stored with the key "value" below each variable.
+            name = name.removesuffix("/value") if len(items) == 1 else f"{item.name}/{name}".removesuffix("/value")
+            tensors[name], places[name] = tensor, item
+    if layout is None:
+        names = [name for name in tensors if not OPTIMIZER.intersection(name.split("/"))]
+        received = f"only the state of an optimizer, such as {next(iter(tensors))}" if tensors else "no array"
+        require(len(names) > 0, f"{path} must hold parameters.", received, "give the item that holds them.")
+        layout = detect(names, config)
+    num_layers = count_layers(layout, tensors)
+    chosen = choose_layers(num_layers, layers)
+    return Source.of(layout, tensors, num_layers, chosen, lambda name: places.get(name, path))
+
+
+def _items(path: epath.Path) -> list[epath.Path]:
+    """The folders that hold arrays: `path` itself, or the items of a step, or those of the latest step of a manager."""
+
+    def describes_arrays(folder):
+        return (folder / "_METADATA").is_file()
+
+    if describes_arrays(path) or not path.is_dir():
+        return [path]
+    # A step may have items with numbers in their names, which are no steps. Newer Orbax marks a step by a file.
+    steps = [] if (path / "_CHECKPOINT_METADATA").is_file() else ocp.utils.checkpoint_steps_paths(path)
+    if steps:
+        return _items(max(steps, key=lambda step: ocp.utils.step_from_checkpoint_name(step.name)))
+    return sorted(filter(describes_arrays, path.iterdir())) or [path]
+
+
+def _tree(item: epath.Path) -> Any:
+    """The tree of an item, with shapes and dtypes in place of arrays."""
     try:
         with ocp.PyTreeCheckpointer() as checkpointer:
-            metadata = checkpointer.metadata(path).item_metadata
-        assert metadata is not None, "no metadata"
-        tree = metadata.tree  # shapes and dtypes in place of arrays
+            metadata = checkpointer.metadata(item).item_metadata
+        received = "no description of any array" if metadata is None else ""
     except Exception as error:  # Orbax does not document which
-        raise ValueError(
-            f"{path} must be an Orbax checkpoint. Got: {error}. Fix: for a CheckpointManager, give the item in a step."
-        ) from error
-    tensors = flatten(tree)
-    layout = layout or detect(tensors, config)
-    num_layers = count_layers(layout, tensors)
-    return Source.of(layout, tensors, num_layers, choose_layers(num_layers, layers), lambda name: path)
+        metadata, received = None, repr(error)
+    require(
+        metadata is not None,
+        f"{item} must be an Orbax checkpoint.",
+        received,
+        "give the folder of an item, of a step with items, or of a CheckpointManager with steps.",
+    )
+    return metadata.tree  # pyright: ignore[reportOptionalMemberAccess]
 
 
 class _Tensor:
     """A tensor in a checkpoint. TensorStore reads any part of it; Orbax itself restores whole tensors only."""
 
-    def __init__(self, path: Path, name: str, metadata: Any):
+    def __init__(self, path: epath.Path, name: str, metadata: Any):
         self._where = f"{name} in {path}"
-        folder = {"driver": "file", "path": f"{path}/"}
+        store: dict[str, Any] = {"driver": "file", "path": f"{path}/"}
+        if str(path).startswith("gs://"):
+            bucket, _, key = str(path).removeprefix("gs://").partition("/")
+            store = {"driver": "gcs", "bucket": bucket, "path": f"{key}/"}
         if ocp.type_handlers.is_ocdbt_checkpoint(path):
-            store = {"driver": "ocdbt", "base": folder, "path": f"{metadata.name}/"}
+            store = {"driver": "ocdbt", "base": store, "path": f"{metadata.name}/"}
         else:
-            store = {**folder, "path": f"{path}/{metadata.name}/"}
+            store["path"] += f"{metadata.name}/"
         # Parts of one chunk are read one after the other. With a cache of two chunks, each is unpacked only once.
         cache_bytes = 2 * math.prod(metadata.storage.chunk_shape) * metadata.dtype.itemsize
         context = tensorstore.Context({"cache_pool": {"total_bytes_limit": cache_bytes}})
@@ -121,4 +165,4 @@ class _Tensor:
         try:
             return future.result()
         except Exception as error:  # TensorStore does not document which
-            raise ValueError(f"{self._where} must be whole. Got: {error}. Fix: save or copy it again.") from error
+            raise ValueError(f"{self._where} must be whole. Got: {error!r}. Fix: save or copy it again.") from error

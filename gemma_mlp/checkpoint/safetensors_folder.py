@@ -4,13 +4,13 @@ All reads and writes of these files are here. The writes are safe against a cras
 does its own crash-safe writes, which checkpoint/orbax.py calls.
 """
 
+import contextlib
 import json
 import os
 import re
 import shutil
 import uuid
 from collections.abc import Callable, Container, Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
@@ -45,17 +45,22 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def list_files(folder: Path) -> dict[str, Path]:
-    """The file of every tensor, by name. Raises ValueError if the index is not sound or names an absent file."""
+    """The file of every tensor, by name. Raises ValueError if the index is not sound or contradicts the single file.
+
+    A file that the index names need not be there: it may hold layers that nobody asks for.
+    """
     present = [name for name in (SINGLE, INDEX) if (folder / name).exists()]
-    require(
-        len(present) == 1,
-        f"{folder} must hold either {SINGLE} or {INDEX}.",
-        " and ".join(present or sorted(path.name for path in folder.glob("*"))[:5]) or "nothing",
-        "remove the stale one; files in other formats (.bin, .pt) are pickles, which are never opened.",
-    )
-    if present == [SINGLE]:
+    fix = "give the folder that holds it; files in other formats (.bin, .pt) are pickles, which are never opened."
+    if any(folder.glob("*.gguf")):
+        fix = "GGUF files are not read: download the original model in safetensors."
+    received = " and ".join(sorted(path.name for path in folder.glob("*"))[:5]) or "nothing"
+    require(len(present) > 0, f"{folder} must hold either {SINGLE} or {INDEX}.", received, fix)
+    single: dict[str, Path] = {}
+    if SINGLE in present:
         with opened(folder / SINGLE) as file:
-            return dict.fromkeys(file.keys(), folder / SINGLE)
+            single = dict.fromkeys(file.keys(), folder / SINGLE)
+    if INDEX not in present:
+        return single
     names: Any = read_json(folder / INDEX).get("weight_map")
     require(
         isinstance(names, dict) and bool(names) and all(isinstance(name, str) for name in names.values()),
@@ -71,16 +76,18 @@ def list_files(folder: Path) -> dict[str, Path]:
             f"{name!r} for {tensor}",
             "do not load this checkpoint: such a path escapes the folder or is a pickle.",
         )
+    files = {tensor: folder / name for tensor, name in names.items()}
+    for name in (*single, *files) if SINGLE in present else ():
         require(
-            (folder / name).is_file(),
-            f"{tensor} must be in {folder / name}, as the index says.",
-            "no such file",
-            "download the missing shard.",
+            name in single and files.get(name) == folder / SINGLE,
+            f"{folder} holds {SINGLE} and {INDEX}, so they must agree that the one file holds every tensor.",
+            f"{name}, which is {'' if name in single else 'not '}in {SINGLE}; the index says {names.get(name)!r}",
+            "remove the stale one of the two.",
         )
-    return {tensor: folder / name for tensor, name in names.items()}
+    return files
 
 
-@contextmanager
+@contextlib.contextmanager
 def opened(path: Path) -> Iterator[Any]:
     """An open safetensors file. If the file is not sound, the error is a ValueError that names it."""
     try:
@@ -99,7 +106,10 @@ def read_headers(files: Mapping[str, Path], wanted: Container[str]) -> dict[str,
     """
     needed = {path for name, path in files.items() if name in wanted}
     headers: dict[str, Header | None] = {name: None for name, path in files.items() if path not in needed}
-    for path in needed:
+    for path in sorted(needed):
+        first = next(name for name in files if files[name] == path and name in wanted)
+        fix = "download the missing shard, or choose other layers with layers=."
+        require(path.is_file(), f"{first} must be in {path}, as the index says.", "no such file", fix)
         with opened(path) as file:
             for name in file.keys():  # noqa: SIM118
                 if files.get(name) == path:
@@ -123,11 +133,15 @@ def create(folder: Path, tensors: Mapping[str, Callable[[], Any]], config: Mappi
     partial = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}")
     partial.mkdir(parents=True)
     try:
+        _write_json(partial / "config.json", config)
         shards: list[list[str]] = []  # names of tensors
+        total = 0
         for shard in _shards(tensors, shard_bytes):
-            safetensors.numpy.save_file(shard, partial / f"shard-{len(shards)}", metadata={"format": "pt"})
+            path = partial / f"shard-{len(shards)}"
+            safetensors.numpy.save_file(shard, path, metadata={"format": "pt"})
+            shutil.copymode(partial / "config.json", path)  # which is as the umask says; safetensors makes it private
             shards.append(list(shard))
-        total = sum(path.stat().st_size for path in partial.iterdir())
+            total += path.stat().st_size
         count = len(shards)
         names = [SINGLE] if count == 1 else [f"model-{i + 1:05}-of-{count:05}.safetensors" for i in range(count)]
         for i, name in enumerate(names):
@@ -135,7 +149,6 @@ def create(folder: Path, tensors: Mapping[str, Callable[[], Any]], config: Mappi
         if count > 1:
             weight_map = {tensor: name for shard, name in zip(shards, names) for tensor in shard}
             _write_json(partial / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
-        _write_json(partial / "config.json", config)
         for path in (*partial.iterdir(), partial):
             _sync(path)
         os.replace(partial, folder)
@@ -179,6 +192,7 @@ def update(folder: Path, files: Mapping[str, Path], tensors: Mapping[str, Callab
                 for name, file in index["weight_map"].items()
             }
             _write_json(fresh_index, index)
+            _make_alike(fresh_index, folder / INDEX)
             _sync(fresh_index)
         _sync(folder)
     except BaseException:
@@ -197,6 +211,7 @@ def update(folder: Path, files: Mapping[str, Path], tensors: Mapping[str, Callab
 
 
 def _rewrite(path: Path, fresh: Path, tensors: Mapping[str, Any]) -> None:
+    fresh.touch(mode=0o600)  # the old file may be private
     shutil.copyfile(path, fresh)
     with fresh.open("r+b") as file:
         # safetensors does not say where a tensor begins. A file starts with eight bytes of length, then JSON.
@@ -206,7 +221,18 @@ def _rewrite(path: Path, fresh: Path, tensors: Mapping[str, Any]) -> None:
             file.seek(8 + length + header[name]["data_offsets"][0])
             file.write(np.ascontiguousarray(array()).reshape(-1).view(np.uint8).data)
         file.flush()
+        _make_alike(fresh, path)
         os.fsync(file.fileno())
+
+
+def _make_alike(fresh: Path, old: Path) -> None:
+    """Gives a file the mode of an old one and, where this user may do that, its owner and group."""
+    status = old.stat()
+    for owner, group in ((status.st_uid, status.st_gid), (-1, status.st_gid)):
+        with contextlib.suppress(OSError):
+            os.chown(fresh, owner, group)
+            break
+    shutil.copymode(old, fresh)
 
 
 def _write_json(path: Path, value: Mapping[str, Any]) -> None:

@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from gemma_mlp.checks import require
-from gemma_mlp.dtypes import accumulation_dtype
 
 
 def evaluate(function: Callable, *arrays: Any) -> Any:
@@ -35,7 +34,7 @@ def add_exactly(array: Any, number: int, name: str, rounding: bool) -> Any:
 
     A ValueError names the stored tensor if the sum had to be rounded, unless `rounding` allows it.
     """
-    wide = accumulation_dtype(array.dtype)
+    wide = np.promote_types(array.dtype, np.float32)
     if isinstance(array, jax.ShapeDtypeStruct):
         return jax.ShapeDtypeStruct(array.shape, wide)
     array = array.astype(wide)

@@ -142,11 +142,12 @@ def locate(
     num_layers: int,
     layers: Sequence[int] | None = None,
     where: Callable[[str], Any] = lambda name: "the tree",
+    dtypes: Sequence[str] = DTYPES,
 ) -> list[dict[str, Slot]]:
     """The slot of every leaf of the `layers` that are wanted, by default of all.
 
     `tensors` holds, by name, anything with a shape and a dtype; tensors of other layers may be None. `where` gives the
-    file of a tensor, for errors.
+    file of a tensor, for errors. `dtypes` are those that the tensors may have.
 
     Raises:
       ValueError: if a tensor is missing, superfluous, of a wrong shape or of a dtype that is not supported.
@@ -162,7 +163,7 @@ def locate(
         fix = "check embed_dim, hidden_dim and the layout, which says what is transposed."
         require(list(getattr(tensors[name], "shape", ())) in shapes, rule, received, fix)
         fix = "convert it first; float16 and integers are refused."
-        require(str(tensors[name].dtype) in DTYPES, rule, received, fix)
+        require(str(tensors[name].dtype) in dtypes, rule, received, fix)
     known = {layout.name(stored, layer) for layer in range(num_layers) for stored in layout.stored}
     pattern = layout.pattern()
     for name in tensors:

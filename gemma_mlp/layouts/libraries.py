@@ -4,6 +4,7 @@ Of two leaves in one tensor, the first has index 0 of the axis 2 (layout.py, `St
 add a layout" in this folder's README: some steps lie outside of this file.
 """
 
+import dataclasses
 import functools
 import inspect
 import re
@@ -16,13 +17,19 @@ from gemma_mlp.layouts.layout import Layout, Stored
 from gemma_mlp.params import LEAVES, WEIGHTS
 
 
-def huggingface(config: MLPConfig, prefix: str = "model.") -> Layout:
-    """Hugging Face transformers' Gemma 1, 2 and 3 (`modeling_gemma*.py`). Weights are stored (out, in).
+def huggingface(config: MLPConfig, prefix: str = "model.", *, pre_norm: str | None = None) -> Layout:
+    """Hugging Face transformers' Gemma models (`modeling_gemma*.py`). Weights are stored (out, in).
 
-    Gemma 1 calls the norm before the MLP `post_attention_layernorm`. In Gemma 2 and 3 that name belongs to attention,
+    Gemma 1 calls the norm before the MLP `post_attention_layernorm`. In later models that name belongs to attention,
     and this block's norms are `pre_feedforward_layernorm` and `post_feedforward_layernorm`.
+
+    Args:
+      config: the block's sizes.
+      prefix: stands before every name.
+      pre_norm: the name of the norm before the MLP; None: that of Gemma 1 if the block has no post-norm, else that of
+        later models. VaultGemma has the later name and no post-norm.
     """
-    pre = "pre_feedforward_layernorm" if config.post_norm else "post_attention_layernorm"
+    pre = pre_norm or ("pre_feedforward_layernorm" if config.post_norm else "post_attention_layernorm")
     return Layout(
         config,
         layer=prefix + "layers.{layer}",
@@ -96,6 +103,16 @@ def _deepmind(config, layer, transpose, *, lead="", weight="", **options) -> Lay
         modules=("mlp", "pre_ffw_norm", "post_ffw_norm"),
         **options,
     )
+
+
+def norm_factors(layout: Layout, *, round_norms: bool = False) -> Layout:
+    """A layout, but with norms stored as the factor itself, which is 1 + w here: those of Gemma 3n and Gemma 4.
+
+    w is then float32, or float64 if the factor is. A w that does not come exactly from the factor is refused, unless
+    `round_norms`. From a factor in bfloat16 it does, unless that is smaller than 2^-16.
+    """
+    stored = (dataclasses.replace(s, plus_one=s.leaves[0].endswith("_norm")) for s in layout.stored)
+    return dataclasses.replace(layout, stored=tuple(stored), round_norms=round_norms)
 
 
 def maxtext(
@@ -202,6 +219,8 @@ LAYOUTS: dict[str, Callable[..., Layout]] = {  # `detect` tries all of these; sc
     "gemma_mlp": gemma_mlp,
     "gemma_mlp_stacked": functools.partial(gemma_mlp, stacked=True),
 }
+FACTORS = re.compile(r"[/.](layer_scalar|skip_scale|altup|laurel)\b")  # tensors that only Gemma 3n and 4 have
+STORE_FACTORS = ("huggingface", "deepmind")  # where these models store a norm as its factor
 WITHOUT_POST_NORM = {"t5x"}  # these have no place for a post-norm, so they can hold Gemma 1 only
 
 
@@ -219,6 +238,7 @@ def detect(names: Iterable[str], config: MLPConfig) -> Layout:
     options = {  # arguments of layouts, as the names tell them
         "attention_types": 1 + max(map(int, types), default=0),
         "groups": ("_local", "_global") if any("/mlp_local/" in name for name in names) else ("",),
+        "pre_norm": "pre_feedforward_layernorm" if any(".pre_feedforward_" in name for name in names) else None,
     }
     makers = {}
     found: Counter[tuple[str, str]] = Counter()
@@ -240,4 +260,6 @@ def detect(names: Iterable[str], config: MLPConfig) -> Layout:
         "make the layout by its function in gemma_mlp.layouts.",
     )
     layout_name, prefix = best[0]
-    return makers[layout_name](config, prefix)
+    layout = makers[layout_name](config, prefix)
+    stores_factors = layout_name.startswith(STORE_FACTORS) and any(FACTORS.search(name) for name in names)
+    return norm_factors(layout) if stores_factors else layout

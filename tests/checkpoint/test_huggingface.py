@@ -12,8 +12,8 @@ import safetensors.numpy
 
 from gemma_mlp import MLPConfig, checkpoint, layouts
 from gemma_mlp.checkpoint import loading, safetensors_folder
-from tests.support.by_hand import CONFIG, LAYERS, D, F, arrays, equal, huggingface, params
-from tests.support.huggingface_folder import SETTINGS, load, others, write
+from tests.support.by_hand import CONFIG, GEMMA1, LAYERS, D, F, arrays, equal, huggingface, params
+from tests.support.huggingface_folder import SETTINGS, load, others, save, write
 
 
 @pytest.mark.parametrize("shards", [1, 3])
@@ -30,6 +30,49 @@ def test_stacks_for_scan(tmp_path, shards):
     assert equal(checkpoint.read_huggingface(folder, stacked=True), layouts.stack(params(arrays())))
     chosen = checkpoint.read_huggingface(folder, layers=[3, 1], stacked=True)
     assert equal(chosen, layouts.stack([params(arrays())[3], params(arrays())[1]]))
+
+
+VAULT = {"pre_feedforward_layernorm": "pre_norm"}
+
+
+@pytest.mark.parametrize("stacked", [False, True])
+def test_vaultgemma_has_the_later_name_of_the_norm_and_no_post_norm(tmp_path, stacked):
+    layers = arrays(GEMMA1)
+    save(tmp_path / "model.safetensors", huggingface(layers, VAULT))
+    (tmp_path / "config.json").write_text(json.dumps(SETTINGS | {"model_type": "vaultgemma"}))
+    expected = layouts.stack(params(layers)) if stacked else params(layers)
+    assert equal(checkpoint.read_huggingface(tmp_path, stacked=stacked), expected)
+    checkpoint.update_huggingface(tmp_path, params(layers)[::-1])
+    assert equal(load(tmp_path), huggingface(layers[::-1], VAULT))
+
+
+@pytest.mark.parametrize("name", ["t5gemma", "t5gemma2"])
+def test_each_part_of_an_encoder_decoder(tmp_path, name):
+    """The parts may differ in size. Reading and writing one leaves the other as it is."""
+    parts = {"encoder": (CONFIG, arrays()), "decoder": (MLPConfig(D, 2 * F), arrays(MLPConfig(D, 2 * F), 3))}
+    tensors, said = {}, {}
+    for part, (config, layers) in parts.items():
+        tensors |= {key.replace("model.", f"model.{part}."): value for key, value in huggingface(layers).items()}
+        said[part] = {"hidden_size": D, "intermediate_size": config.hidden_dim, "num_hidden_layers": len(layers)}
+    if name == "t5gemma2":
+        said["encoder"] = {"text_config": said["encoder"]}
+    save(tmp_path / "model.safetensors", tensors)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": name} | said))
+    for part, (config, layers) in parts.items():
+        assert checkpoint.read_config(tmp_path, part=part) == (config, len(layers))
+        assert equal(checkpoint.read_huggingface(tmp_path, part=part), params(layers))
+        assert len(checkpoint.huggingface_shapes(tmp_path, part=part)) == len(layers)
+    with pytest.raises(ValueError, match="part must be 'encoder' or 'decoder'"):
+        checkpoint.read_huggingface(tmp_path)
+    checkpoint.update_huggingface(tmp_path, params(arrays())[::-1], part="encoder")
+    assert equal(checkpoint.read_huggingface(tmp_path, part="encoder"), params(arrays())[::-1])
+    assert equal(checkpoint.read_huggingface(tmp_path, part="decoder"), params(parts["decoder"][1]))
+
+
+def test_plain_weights_in_a_folder_that_speaks_of_quantisation_are_read(tmp_path):
+    """As where only the attention is quantised."""
+    folder = write(tmp_path, arrays(), settings=SETTINGS | {"quantization_config": {"quant_method": "gptq"}})
+    assert equal(checkpoint.read_huggingface(folder), params(arrays()))
 
 
 def test_casts(tmp_path):
@@ -74,6 +117,39 @@ def test_files_of_other_layers_are_not_opened(tmp_path):
     assert equal(checkpoint.read_huggingface(folder, layers=[1]), params(arrays())[1:2])
     with pytest.raises(ValueError, match="model-00003-of-00005"):
         checkpoint.read_huggingface(folder, layers=[2])
+
+
+@pytest.mark.parametrize("options", [{}, {"stacked": True}, {"dtype": "float32"}])
+def test_files_of_other_layers_need_not_be_there(tmp_path, options):
+    folder = write(tmp_path, arrays(), shards=LAYERS)
+    for number in (0, 2, 4):
+        (folder / f"model-{number + 1:05}-of-{LAYERS:05}.safetensors").unlink()
+    whole = write(tmp_path / "whole", arrays())
+    expected = checkpoint.read_huggingface(whole, layers=[3, 1], **options)
+    assert equal(checkpoint.read_huggingface(folder, layers=[3, 1], **options), expected)
+    with pytest.raises(ValueError, match=r"model-00003-of-00005.*no such file.*download the missing shard"):
+        checkpoint.read_huggingface(folder, layers=[1, 2], **options)
+
+
+def test_layers_of_a_partial_download_are_updated(tmp_path):
+    folder = write(tmp_path, arrays(), shards=LAYERS)
+    (folder / "model-00003-of-00005.safetensors").unlink()
+    checkpoint.update_huggingface(folder, params(arrays())[:2], layers=[3, 1])
+    assert equal(checkpoint.read_huggingface(folder, layers=[3, 1]), params(arrays())[:2])
+    with pytest.raises(ValueError, match="download the missing shard"):
+        checkpoint.update_huggingface(folder, params(arrays()))
+
+
+@pytest.mark.parametrize("stacked", [False, True])
+def test_a_file_and_an_index_that_agree_are_one_checkpoint(tmp_path, stacked):
+    """mlx-lm writes an index to its single file."""
+    folder = write(tmp_path, arrays())
+    index = {"metadata": {}, "weight_map": dict.fromkeys(load(folder), "model.safetensors")}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    expected = layouts.stack(params(arrays())) if stacked else params(arrays())
+    assert equal(checkpoint.read_huggingface(folder, stacked=stacked), expected)
+    checkpoint.update_huggingface(folder, params(arrays())[::-1])
+    assert equal(checkpoint.read_huggingface(folder), params(arrays())[::-1])
 
 
 def test_no_other_tensor_is_read(tmp_path, monkeypatch):

@@ -91,6 +91,33 @@ def both(folder):
     write(folder, arrays())
 
 
+def with_index(change):
+    """A single file, and an index of it that was changed."""
+
+    def break_(folder):
+        names = dict.fromkeys(load(write(folder, arrays())), "model.safetensors")
+        change(names)
+        (folder / INDEX).write_text(json.dumps({"weight_map": names}))
+
+    return break_
+
+
+def quantised(dtype, **change):
+    def break_(folder):
+        replace(GATE, np.zeros((F, 1), dtype))(folder)
+        (folder / "config.json").write_text(json.dumps(SETTINGS | change))
+
+    return break_
+
+
+def adapted(folder):
+    write(folder, arrays())
+    (folder / "config.json").unlink()
+    (folder / "model.safetensors").rename(folder / "adapter_model.safetensors")
+    said = {"peft_type": "LORA", "base_model_name_or_path": "google/gemma-2-2b"}
+    (folder / "adapter_config.json").write_text(json.dumps(said))
+
+
 SHAPE = rf"{GATE} in .*model\.safetensors must be \[{F}, {D}\] of bfloat16, float32, float64\. \w+: "
 MALFORMED = {  # name: (what makes it, the error)
     "a missing tensor": (
@@ -118,7 +145,7 @@ MALFORMED = {  # name: (what makes it, the error)
     "empty": (replace(GATE, np.zeros((0, D), "float32")), SHAPE + r"float32\[0, 4\]"),
     "float16": (
         replace(GATE, np.zeros((F, D), "float16")),
-        SHAPE + r"float16\[6, 4\].*float16.*refused",
+        rf"{GATE} in .*must be of bfloat16, float32, float64, or be cast.*\w+: float16\[6, 4\].*dtype=",
     ),
     "int8": (replace(GATE, np.zeros((F, D), "int8")), SHAPE + r"I8\[6, 4\]"),
     "float64": (replace(GATE, np.zeros((F, D))), "64-bit mode"),
@@ -141,10 +168,42 @@ MALFORMED = {  # name: (what makes it, the error)
     ),
     "a pickle": (raw(lambda old: b"\x80\x04\x95" + old), "must be a whole safetensors file"),
     "only a pickle": (pickled, r"must hold either .* \w+: config\.json and pytorch_model\.bin.*never opened"),
-    "two forms": (both, r"must hold either .*\w+: model\.safetensors and model\.safetensors\.index\.json"),
+    "two forms": (
+        both,
+        r"must agree that the one file holds every tensor\. "
+        r"\w+: model\.\S+, which is in model\.safetensors; the index says 'model-0000\d-of-00003\.safetensors'",
+    ),
+    "an index that lacks a tensor of the single file": (
+        with_index(lambda names: names.pop(GATE)),
+        rf"must agree.*{GATE}, which is in model\.safetensors; the index says None",
+    ),
+    "an index that names other files, too": (
+        with_index(lambda names: names.update({"more": "model-2.safetensors"})),
+        r"must agree.*more, which is not in model\.safetensors; the index says 'model-2\.safetensors'",
+    ),
+    "an index that has a tensor more than the single file": (
+        with_index(lambda names: names.update({"more": "model.safetensors"})),
+        r"must agree.*more, which is not in model\.safetensors; the index says 'model\.safetensors'",
+    ),
+    "an adapter": (
+        lambda folder: adapted(folder),
+        r"must hold a whole model\. Got: LORA adapters of google/gemma-2-2b, .*merge_and_unload",
+    ),
+    "GGUF": (
+        lambda folder: (write(folder, arrays()) / "model.safetensors").rename(folder / "model.gguf"),
+        r"must hold either .*model\.gguf.*GGUF files are not read: download the original",
+    ),
+    "4 bits of bitsandbytes": (
+        quantised("uint8", quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True}),
+        r"must hold plain weights\. Got: quantised ones, quant_method bitsandbytes, load_in_4bit True\..*dequantise",
+    ),
+    "4 bits of mlx": (
+        quantised("uint32", quantization={"group_size": 64, "bits": 4}),
+        r"must hold plain weights\. Got: quantised ones, group_size 64, bits 4\.",
+    ),
     "an absent shard": (
         sharded(lambda folder: (folder / SHARD).unlink()),
-        rf"{SHARD}, as the index says",
+        rf"layers\.1\.\S+ must be in .*{SHARD}, as the index says\. \w+: no such file\..*layers=",
     ),
     "a shard cut short": (
         sharded(lambda folder: (folder / SHARD).write_bytes((folder / SHARD).read_bytes()[:-7])),
@@ -215,7 +274,7 @@ def parse(data):
     """The tensors of a file, read by NumPy: eight bytes of length, then JSON, then data."""
     (length,) = struct.unpack("<Q", data[:8])
     header, body = json.loads(data[8 : 8 + length]), data[8 + length :]
-    dtypes = {"BF16": ml_dtypes.bfloat16, "F32": np.float32, "F64": np.float64}
+    dtypes = {"BF16": ml_dtypes.bfloat16, "F16": np.float16, "F32": np.float32, "F64": np.float64}
     tensors = {}
     for name, entry in header.items():
         if name != "__metadata__" and entry["dtype"] in dtypes:
@@ -225,9 +284,14 @@ def parse(data):
 
 
 def outcome(folder):
-    """Checks that reading gives either our error or exactly what the file says."""
+    """Checks that reading gives either our error or exactly what the file says, as it is and cast."""
+    outcome_of(folder, None)
+    outcome_of(folder, "float32")
+
+
+def outcome_of(folder, dtype):
     try:
-        layers = checkpoint.read_huggingface(folder)
+        layers = checkpoint.read_huggingface(folder, dtype=dtype)
     except ValueError:
         return
     tensors = parse((folder / "model.safetensors").read_bytes())
@@ -240,6 +304,7 @@ def outcome(folder):
             ("post_feedforward_layernorm", layer.post_norm.scale),
         ):
             expected = tensors[f"model.layers.{i}.{name}.weight"]
+            expected = expected if dtype is None else expected.astype(dtype)
             assert got.dtype == expected.dtype
             assert np.asarray(got).tobytes() == expected.tobytes()
 

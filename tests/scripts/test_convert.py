@@ -10,7 +10,7 @@ from absl.testing import flagsaver
 from gemma_mlp import MLPConfig, checkpoint, layouts
 from gemma_mlp.layouts.libraries import WITHOUT_POST_NORM
 from tests.support.by_hand import CONFIG, GEMMA1, LAYERS, D, F, arrays, equal, huggingface, params
-from tests.support.huggingface_folder import load, others, write
+from tests.support.huggingface_folder import load, others, save, write
 from tests.support.vary import slow_except
 
 pytestmark = pytest.mark.promotes  # Orbax relies on promotion
@@ -50,6 +50,56 @@ def test_gemma_1_by_t5x_and_a_new_hugging_face_folder(tmp_path):
     back = [f"--source={tmp_path / 'b'}", *ORBAX, "--nopost_norm", "--dtype=bfloat16"]
     run(*back, f"--target={tmp_path / 'c'}", "--to=huggingface")
     assert equal(checkpoint.read_huggingface(tmp_path / "c"), params(arrays(GEMMA1)))
+
+
+@pytest.mark.parametrize("part", ["encoder", "decoder"])
+def test_a_part_of_a_t5gemma(tmp_path, part):
+    source, settings = tmp_path / "source", {"hidden_size": D, "intermediate_size": F, "num_hidden_layers": LAYERS}
+    write(source, arrays(), settings={"model_type": "t5gemma", "encoder": settings, "decoder": settings})
+    layers = {"encoder": arrays(), "decoder": arrays()[::-1]}
+    tensors = {
+        name.replace("model.", f"model.{part}."): tensor
+        for part in layers
+        for name, tensor in huggingface(layers[part]).items()
+    }
+    save(source / "model.safetensors", tensors)
+    arguments = [f"--source={source}", f"--part={part}"]
+    run(*arguments, f"--target={tmp_path / 'orbax'}", "--to=tunix")
+    assert equal(checkpoint.read_orbax(tmp_path / "orbax", CONFIG), params(layers[part]))
+    run(*arguments, f"--target={tmp_path / 'new'}", "--to=huggingface")
+    assert equal(checkpoint.read_huggingface(tmp_path / "new"), params(layers[part]))
+    checkpoint.update_huggingface(source, params(arrays())[:1] * LAYERS, part=part)
+    run(f"--source={tmp_path / 'orbax'}", *ORBAX, f"--part={part}", f"--target={source}", "--to=huggingface")
+    assert equal(load(source), tensors)
+
+
+def test_gemma_4_between_hugging_face_and_deepmind(tmp_path):
+    """Both store a norm as its factor. w is float32 in between, and no bit of the factor is lost."""
+    stored = [
+        layer | {name: (1 + layer[name]).astype("bfloat16") for name in ("pre_norm", "post_norm")} for layer in arrays()
+    ]
+    settings = {"model_type": "gemma4_text", "hidden_size": D, "intermediate_size": F, "num_hidden_layers": LAYERS}
+    source = write(tmp_path / "source", stored, settings=settings)
+    to = [f"--target={tmp_path / 'c'}", "--to=deepmind_flat", "--transpose_gating_einsum"]
+    run(f"--source={source}", *to, "--norm_factors")
+    layout = layouts.norm_factors(layouts.deepmind_flat(CONFIG))
+    read = checkpoint.read_orbax(tmp_path / "c", CONFIG, layout=layout)
+    assert equal(read, checkpoint.read_huggingface(source))
+    plain = checkpoint.read_orbax(tmp_path / "c", CONFIG, dtype="bfloat16", layout=layouts.deepmind_flat(CONFIG))
+    assert equal(plain, params(stored))  # the numbers that are on the disk
+    target = write(tmp_path / "target", stored[::-1], settings=settings)
+    back = [f"--source={tmp_path / 'c'}", *ORBAX, "--from=deepmind_flat", "--norm_factors"]
+    run(*back, f"--target={target}", "--to=huggingface")
+    assert equal(load(target), load(source))
+
+
+def test_addresses_in_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    write(tmp_path / "a", arrays())
+    run("--source=~/a", "--target=~/b", "--to=tunix")
+    run("--source=~/b", *ORBAX, "--target=~/a", "--to=huggingface")
+    with pytest.raises(SystemExit, match="The target must be new"):
+        run("--source=~/a", "--target=~/b", "--to=tunix")
 
 
 @pytest.mark.parametrize("transpose", [False, True])
@@ -94,6 +144,9 @@ def test_a_dry_run_writes_nothing(tmp_path, capsys):
         (["--source=absent", "--target=new", "--to=tunix"], "The model of an Orbax checkpoint must be given"),
         (["--source=absent", *ORBAX, "--target=new", "--to=tunix"], "absent must be an Orbax checkpoint"),
         (["--source=source", "--target=source", "--to=tunix"], "The target must be new"),
+        (["--source=absent", "--target=gs://a/b", "--to=huggingface"], "on this disk.*'gs://a/b', a URL.*copy that"),
+        (["--source=source", "--target=s3://a/b", "--to=tunix"], "or a gs:// URL as a string.*'s3://a/b'"),
+        (["--source=s3://a/b", *ORBAX, "--target=new", "--to=tunix"], "or a gs:// URL as a string.*'s3://a/b'"),
         (["--source=source", "--target=new", "--to=deepmind"], "orientation .* must be chosen"),
         (["--source=source", "--target=new", "--to=t5x"], "The layout must have a place for"),
     ],

@@ -206,6 +206,11 @@ def equal(a, b):
 TREES = {  # name: (layout, the tree written by hand, config)
     "huggingface": (layouts.huggingface(CONFIG), huggingface, CONFIG),
     "huggingface, Gemma 1": (layouts.huggingface(GEMMA1), huggingface_gemma1, GEMMA1),
+    "huggingface, VaultGemma": (
+        layouts.huggingface(GEMMA1, pre_norm="pre_feedforward_layernorm"),
+        lambda a: huggingface(a, {"pre_feedforward_layernorm": "pre_norm"}),
+        GEMMA1,
+    ),
     "deepmind": (layouts.deepmind(CONFIG, transpose_gating_einsum=False), lambda a: deepmind(a, False), CONFIG),
     "deepmind, transposed": (
         layouts.deepmind(CONFIG, transpose_gating_einsum=True),
