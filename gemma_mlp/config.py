@@ -30,6 +30,8 @@ class MLPConfig:
       norm_eps: added to the mean square in the block's two norms.
       post_norm: whether the block normalises the MLP's output before it is added to the residual stream, as Gemma 2
         and 3 do and Gemma 1 does not.
+      scale_plus_one: True: the norms multiply by 1 + scale, as in Gemma 1, 2 and 3. False: by scale itself, as in
+        Gemma 3n and 4 (`Gemma3nRMSNorm` and `Gemma4RMSNorm` of transformers). DeepMind's Gemma 3n has the same option.
 
     Raises:
       ValueError: at construction, for any other value.
@@ -44,6 +46,7 @@ class MLPConfig:
     param_dtype: Any = "float32"
     norm_eps: float = 1e-6
     post_norm: bool = True
+    scale_plus_one: bool = True
     save: Save = "input"
     chunk_size: int | None = None
     axis_rules: Rules | None = None
@@ -52,7 +55,7 @@ class MLPConfig:
     def __post_init__(self):
         for name in ("embed_dim", "hidden_dim"):
             object.__setattr__(self, name, positive_int(name, getattr(self, name)))
-        for name in ("use_bias", "post_norm"):
+        for name in ("use_bias", "post_norm", "scale_plus_one"):
             value = getattr(self, name)
             require(isinstance(value, bool), f"{name} must be True or False.", repr(value), "pass a bool.")
         require_choice("activation", self.activation, ACTIVATIONS)

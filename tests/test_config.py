@@ -105,6 +105,7 @@ def test_presets_cannot_be_changed():
         ("activation", None, ": None"),
         ("use_bias", 1, "use_bias must be True or False.*: 1"),
         ("post_norm", "no", "post_norm must be True or False"),
+        ("scale_plus_one", 0, "scale_plus_one must be True or False.*: 0"),
         ("dropout_rate", 1.0, r"dropout_rate must be a number in \[0, 1\).*: 1.0"),
         ("dropout_rate", -0.1, ": -0.1"),
         ("dropout_rate", float("nan"), ": nan"),
