@@ -123,13 +123,13 @@ PRESETS: types.MappingProxyType[str, MLPConfig] = types.MappingProxyType(
         # VaultGemma report (arXiv:2510.15001), which prints 2F = 13824. D follows from its 1.04 B parameters.
         vaultgemma_1b=_preset(1152, 6912, post_norm=False),
         # Gemma 3n from layer 10 on (before, its gate has a threshold): gemma 4.0.1, gm/nn/gemma3n/_gemma3n.py.
-        gemma3n_e2b=_preset(2048, 8192),
-        gemma3n_e4b=_preset(2048, 16384),
+        gemma3n_e2b=_preset(2048, 8192, scale_plus_one=False),
+        gemma3n_e4b=_preset(2048, 16384, scale_plus_one=False),
         # Dense Gemma 4: gm/nn/gemma4/_gemma4.py of the same, where F is 4 D. E2B's layers 15 to 34 are twice as wide.
-        gemma4_e2b=_preset(1536, 6144),
-        gemma4_e2b_wide=_preset(1536, 12288),
-        gemma4_e4b=_preset(2560, 10240),
-        gemma4_12b=_preset(3840, 15360),  # the released text config
-        gemma4_31b=_preset(5376, 21504),
+        gemma4_e2b=_preset(1536, 6144, scale_plus_one=False),
+        gemma4_e2b_wide=_preset(1536, 12288, scale_plus_one=False),
+        gemma4_e4b=_preset(2560, 10240, scale_plus_one=False),
+        gemma4_12b=_preset(3840, 15360, scale_plus_one=False),  # the released text config
+        gemma4_31b=_preset(5376, 21504, scale_plus_one=False),
     )
 )
