@@ -172,9 +172,18 @@ def test_errors_are_one_line(tmp_path, monkeypatch, arguments, message):
     assert not (tmp_path / "new").exists()
 
 
-def test_a_target_that_reads_back_otherwise_is_reported(tmp_path, monkeypatch):
+@pytest.mark.parametrize("how", ["write_orbax", "write_huggingface", "update_huggingface"])
+def test_a_target_that_reads_back_otherwise_is_reported(tmp_path, monkeypatch, how):
     source = write(tmp_path / "source", arrays())
-    write_ = checkpoint.write_orbax
-    monkeypatch.setattr(checkpoint, "write_orbax", lambda path, params, layout: write_(path, params[::-1], layout))
+    if how == "update_huggingface":
+        write(tmp_path / "c", arrays())
+    write_ = getattr(checkpoint, how)
+    monkeypatch.setattr(
+        checkpoint, how, lambda path, params, *rest, **options: write_(path, params[::-1], *rest, **options)
+    )
     with pytest.raises(SystemExit, match="What is read back must be what was written"):
-        run(f"--source={source}", f"--target={tmp_path / 'c'}", "--to=tunix")
+        run(
+            f"--source={source}",
+            f"--target={tmp_path / 'c'}",
+            f"--to={'tunix' if how == 'write_orbax' else 'huggingface'}",
+        )
