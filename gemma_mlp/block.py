@@ -17,27 +17,34 @@ from gemma_mlp.params import MLPBlockParams
 
 
 def rms_norm(
-    scale: Float[Array, " D"], x: Float[Array, "*B D"], *, eps: float = 1e-6, dtype: Any = None
+    scale: Float[Array, " D"],
+    x: Float[Array, "*B D"],
+    *,
+    eps: float = 1e-6,
+    dtype: Any = None,
+    scale_plus_one: bool = True,
 ) -> Float[Array, "*B D"]:
     """y = x / sqrt(mean(x^2) + eps) * (1 + scale), in float32, rounded once.
 
-    As in Gemma's checkpoints, the weight is stored around zero. Order and precision are those of Hugging Face's
-    `Gemma2RMSNorm`: everything in float32 (float64 for float64 input), cast last.
+    As in the checkpoints of Gemma 1, 2 and 3, the weight is stored around zero. With `scale_plus_one=False`, as in
+    Gemma 3n and 4, the last factor is `scale` itself. Order and precision are those of Hugging Face's `Gemma2RMSNorm`
+    and `Gemma4RMSNorm`: everything in float32 (float64 for float64 input), cast last.
 
     Args:
       scale: w, [D].
       x: any leading axes, [*B, D].
       eps: added to the mean square, under the root.
       dtype: of the result; None: the common type of `scale` and `x`.
+      scale_plus_one: whether to multiply by 1 + w instead of w.
 
     Raises:
       ValueError: if `scale` does not match the last axis of `x`, or for a dtype that is not supported.
     """
-    return _rms_norm(eps, dtype, scale, x)
+    return _rms_norm(eps, dtype, scale_plus_one, scale, x)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _rms_norm(eps, dtype, scale, x):
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _rms_norm(eps, dtype, scale_plus_one, scale, x):
     dtype = compute_dtype(dtype, scale=scale, x=x)
     require(
         x.ndim >= 1 and scale.shape == x.shape[-1:],
@@ -49,7 +56,8 @@ def _rms_norm(eps, dtype, scale, x):
     wide = accumulation_dtype(dtype, scale.dtype, x.dtype)
 
     def normalise(scale, x):
-        x_BD, factor_BD = x.astype(wide), jnp.broadcast_to(1 + scale.astype(wide), x.shape)
+        x_BD, scale_D = x.astype(wide), scale.astype(wide)
+        factor_BD = jnp.broadcast_to(1 + scale_D if scale_plus_one else scale_D, x.shape)
         mean_square_B1 = jnp.mean(jnp.square(x_BD), axis=-1, keepdims=True)
         return (x_BD * jax.lax.rsqrt(mean_square_B1 + eps) * factor_BD).astype(dtype)
 
@@ -116,13 +124,14 @@ def _before(config, pre_scale, x):
     """x in float32, for the sum, and normalised in the compute dtype."""
     dtype = compute_dtype(config.dtype, x=x, pre_scale=pre_scale)
     x_BD = x.astype(accumulation_dtype(dtype, x.dtype))  # here: its two gradients are added before they are rounded
-    return x_BD, rms_norm(pre_scale, x_BD, eps=config.norm_eps, dtype=dtype)
+    return x_BD, rms_norm(pre_scale, x_BD, dtype=dtype, eps=config.norm_eps, scale_plus_one=config.scale_plus_one)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _after(config, dtype, post_scale, x_BD, y_BD):
     """x + post_norm(y) in float32, then in `dtype`."""
     if post_scale is not None:
-        norm = functools.partial(rms_norm, eps=config.norm_eps, dtype=x_BD.dtype)
+        plus_one = config.scale_plus_one
+        norm = functools.partial(rms_norm, dtype=x_BD.dtype, eps=config.norm_eps, scale_plus_one=plus_one)
         y_BD = _recomputed(norm)(post_scale, y_BD)
     return (x_BD + y_BD.astype(x_BD.dtype)).astype(dtype)

@@ -30,6 +30,8 @@ class MLPConfig:
       norm_eps: added to the mean square in the block's two norms.
       post_norm: whether the block normalises the MLP's output before it is added to the residual stream, as Gemma 2
         and 3 do and Gemma 1 does not.
+      scale_plus_one: True: the norms multiply by 1 + scale, as in Gemma 1, 2 and 3. False: by scale itself, as in
+        Gemma 3n and 4 (`Gemma3nRMSNorm` and `Gemma4RMSNorm` of transformers). DeepMind's Gemma 3n has the same option.
 
     Raises:
       ValueError: at construction, for any other value.
@@ -44,6 +46,7 @@ class MLPConfig:
     param_dtype: Any = "float32"
     norm_eps: float = 1e-6
     post_norm: bool = True
+    scale_plus_one: bool = True
     save: Save = "input"
     chunk_size: int | None = None
     axis_rules: Rules | None = None
@@ -52,7 +55,7 @@ class MLPConfig:
     def __post_init__(self):
         for name in ("embed_dim", "hidden_dim"):
             object.__setattr__(self, name, positive_int(name, getattr(self, name)))
-        for name in ("use_bias", "post_norm"):
+        for name in ("use_bias", "post_norm", "scale_plus_one"):
             value = getattr(self, name)
             require(isinstance(value, bool), f"{name} must be True or False.", repr(value), "pass a bool.")
         require_choice("activation", self.activation, ACTIVATIONS)
@@ -120,13 +123,13 @@ PRESETS: types.MappingProxyType[str, MLPConfig] = types.MappingProxyType(
         # VaultGemma report (arXiv:2510.15001), which prints 2F = 13824. D follows from its 1.04 B parameters.
         vaultgemma_1b=_preset(1152, 6912, post_norm=False),
         # Gemma 3n from layer 10 on (before, its gate has a threshold): gemma 4.0.1, gm/nn/gemma3n/_gemma3n.py.
-        gemma3n_e2b=_preset(2048, 8192),
-        gemma3n_e4b=_preset(2048, 16384),
+        gemma3n_e2b=_preset(2048, 8192, scale_plus_one=False),
+        gemma3n_e4b=_preset(2048, 16384, scale_plus_one=False),
         # Dense Gemma 4: gm/nn/gemma4/_gemma4.py of the same, where F is 4 D. E2B's layers 15 to 34 are twice as wide.
-        gemma4_e2b=_preset(1536, 6144),
-        gemma4_e2b_wide=_preset(1536, 12288),
-        gemma4_e4b=_preset(2560, 10240),
-        gemma4_12b=_preset(3840, 15360),  # the released text config
-        gemma4_31b=_preset(5376, 21504),
+        gemma4_e2b=_preset(1536, 6144, scale_plus_one=False),
+        gemma4_e2b_wide=_preset(1536, 12288, scale_plus_one=False),
+        gemma4_e4b=_preset(2560, 10240, scale_plus_one=False),
+        gemma4_12b=_preset(3840, 15360, scale_plus_one=False),  # the released text config
+        gemma4_31b=_preset(5376, 21504, scale_plus_one=False),
     )
 )

@@ -77,7 +77,10 @@ class RMSNorm(nnx.Module):
 
     def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
         """Normalises the last axis; the result is in `config.dtype`."""
-        return rms_norm(self.scale[...], x, eps=self.config.norm_eps, dtype=self.config.dtype)
+        config = self.config
+        return rms_norm(
+            self.scale[...], x, eps=config.norm_eps, dtype=config.dtype, scale_plus_one=config.scale_plus_one
+        )
 
 
 class MLPBlock(nnx.Module):

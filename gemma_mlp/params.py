@@ -22,6 +22,7 @@ LEAVES = {
     "post_norm": "D",
 }
 WEIGHTS = tuple(name for name, axes in LEAVES.items() if len(axes) == 2)
+NORMS = tuple(name for name in LEAVES if name.endswith("_norm"))
 BIASES = tuple(name for name in LEAVES if name.endswith("_bias"))
 LOGICAL_NAMES = {"D": "embed", "F": "mlp"}  # of the axes, in the words of T5X and MaxText
 HIDDEN_AXIS = {name: axes.index("F") for name, axes in LEAVES.items() if "F" in axes}
@@ -39,13 +40,15 @@ def leaf_spec(name: str, config: MLPConfig, layers: int | None = None) -> LeafSp
     """The spec of a leaf of LEAVES, or of a stack of `layers` of them with a leading logical axis `layers`.
 
     Weights are drawn with variance 1 / fan-in, which keeps unit variance through each projection and is the default
-    of Flax's own Linear. Biases and the norms' w start at zero.
+    of Flax's own Linear. Biases start at zero. A norm's scale starts where its factor is 1: at zero with
+    `config.scale_plus_one`, or else at one.
     """
     letters = LEAVES[name]
     sizes = {"D": config.embed_dim, "F": config.hidden_dim}
     shape, axes = tuple(sizes[a] for a in letters), tuple(LOGICAL_NAMES[a] for a in letters)
     weight_init = jax.nn.initializers.lecun_normal(batch_axis=() if layers is None else 0)
-    init = weight_init if name in WEIGHTS else jax.nn.initializers.zeros
+    norm_init = jax.nn.initializers.zeros if config.scale_plus_one else jax.nn.initializers.ones
+    init = norm_init if name in NORMS else weight_init if name in WEIGHTS else jax.nn.initializers.zeros
     return LeafSpec(shape, axes, init) if layers is None else LeafSpec((layers, *shape), ("layers", *axes), init)
 
 
@@ -90,13 +93,13 @@ class MLPParams(_Params):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class RMSNormParams(_Params):
-    """The norm's `scale` stores w; the factor is 1 + w."""
+    """The norm's `scale` stores w. The factor is 1 + w, or w itself with `scale_plus_one=False` in the config."""
 
     scale: Float[Array, " D"]
 
     @classmethod
     def specs(cls, config: MLPConfig, layers: int | None = None) -> "RMSNormParams":
-        """The same tree with a `LeafSpec` for its one array; w starts at zero, so that the factor starts at 1."""
+        """The same tree with a `LeafSpec` for its one array."""
         return cls(leaf_spec("pre_norm", config, layers))  # pyright: ignore[reportArgumentType]
 
 

@@ -40,12 +40,10 @@ SOURCE_TRANSPOSE = flags.DEFINE_boolean(
     "source_transpose_gating_einsum", None, "With --from=deepmind*: the source has (2, F, D). Needed where D = F."
 )
 ATTENTION_TYPES = flags.DEFINE_integer("attention_types", 2, "deepmind_stacked: the length of the attention pattern.")
-ROUND_NORMS = flags.DEFINE_boolean(
-    "round_norms", False, "maxtext*, t5x, Gemma 3n and 4: round a norm if 1 + w cannot hold its w."
+SCALE_PLUS_ONE = flags.DEFINE_boolean(
+    "scale_plus_one", True, "Whether the norms of an Orbax source multiply by 1 + w (Gemma 3n and 4: by w)."
 )
-NORM_FACTORS = flags.DEFINE_boolean(
-    "norm_factors", False, "--to and --from deepmind*: store norms as their factor 1 + w, as Gemma 3n and 4 do."
-)
+ROUND_NORMS = flags.DEFINE_boolean("round_norms", False, "maxtext*, t5x: round a norm if 1 + w cannot hold its w.")
 DTYPE = flags.DEFINE_enum("dtype", None, DTYPES, "Cast the parameters. By default their bits stay as they are.")
 DRY_RUN = flags.DEFINE_boolean("dry_run", False, "Check names, shapes and dtypes, print the table, write nothing.")
 
@@ -66,6 +64,8 @@ def convert(source: str, target: str) -> None:
     print_table(read_shapes(source, config, source_layout), layout)
     exists = Path(target).expanduser().exists()
     in_place = TO.value == "huggingface" and exists
+    if in_place:
+        require_same_norms(config, target)
     checks.require(in_place or not exists, "The target must be new.", f"{target}, which exists", "use another.")
     if DRY_RUN.value:
         if in_place:
@@ -74,13 +74,14 @@ def convert(source: str, target: str) -> None:
         return
     params = read(source, config, source_layout, PART.value, "reading")
     if in_place:
-        checkpoint.update_huggingface(target, params, part=PART.value, round_norms=ROUND_NORMS.value)
+        checkpoint.update_huggingface(target, params, part=PART.value)
     elif TO.value == "huggingface":
         checkpoint.write_huggingface(target, params, config)
     else:
         checkpoint.write_orbax(target, params, layout)
     part = PART.value if in_place else None  # a new folder has no parts
-    require_same(params, read(target, config, layout, part, "verifying"))
+    rounded = ROUND_NORMS.value and config.scale_plus_one
+    require_same(params, read(target, config, layout, part, "verifying"), rounded)
     print(f"{target}: {len(params)} layers, read back and the same, bit for bit.")
 
 
@@ -94,7 +95,8 @@ def source_config(source: str) -> MLPConfig:
     if PRESET.value:
         return PRESETS[PRESET.value]
     if EMBED_DIM.value and HIDDEN_DIM.value:
-        return MLPConfig(EMBED_DIM.value, HIDDEN_DIM.value, post_norm=POST_NORM.value)
+        plus_one = SCALE_PLUS_ONE.value
+        return MLPConfig(EMBED_DIM.value, HIDDEN_DIM.value, post_norm=POST_NORM.value, scale_plus_one=plus_one)
     raise ValueError(
         "The model of an Orbax checkpoint must be given. Got: neither --preset, nor --embed_dim and --hidden_dim. "
         "Fix: give one or the other; for a Hugging Face folder, download it and check that it has a config.json."
@@ -109,10 +111,7 @@ def make_layout(name: str, config: MLPConfig, transpose: bool | None) -> layouts
         "round_norms": ROUND_NORMS.value,
     }
     make = layouts.LAYOUTS[name]
-    layout = make(config, **{key: options[key] for key in options.keys() & inspect.signature(make).parameters})
-    if NORM_FACTORS.value and name.startswith("deepmind"):
-        return layouts.norm_factors(layout, round_norms=ROUND_NORMS.value)
-    return layout
+    return make(config, **{key: options[key] for key in options.keys() & inspect.signature(make).parameters})
 
 
 def read_shapes(path: str, config: MLPConfig, layout: layouts.Layout | None) -> list[MLPBlockParams]:
@@ -126,9 +125,18 @@ def read(
 ) -> list[MLPBlockParams]:
     progress = functools.partial(tqdm, desc=what, unit="tensor")
     if is_huggingface(path):
-        options = {"part": part, "dtype": DTYPE.value, "round_norms": ROUND_NORMS.value, "progress": progress}
-        return checkpoint.read_huggingface(path, **options)
+        return checkpoint.read_huggingface(path, part=part, dtype=DTYPE.value, progress=progress)
     return checkpoint.read_orbax(path, config, layout=layout, dtype=DTYPE.value, progress=progress)
+
+
+def require_same_norms(config: MLPConfig, target: str) -> None:
+    theirs = checkpoint.read_configs(target, part=PART.value)[0].scale_plus_one
+    checks.require(
+        theirs == config.scale_plus_one,
+        f"The norms of {target} multiply by {'1 + w' if theirs else 'w'}, so those of the source must too.",
+        f"scale_plus_one={config.scale_plus_one}",
+        "for an Orbax source, give the --preset of its model or --noscale_plus_one; else choose another target.",
+    )
 
 
 def print_table(shapes: list[MLPBlockParams], layout: layouts.Layout) -> None:
@@ -142,13 +150,13 @@ def print_table(shapes: list[MLPBlockParams], layout: layouts.Layout) -> None:
     print(f"{len(tensors)} tensors for {len(shapes)} layers, {size / 2**20:,.1f} MiB")
 
 
-def require_same(params: list[MLPBlockParams], again: list[MLPBlockParams]) -> None:
-    """Compares all bits, in the wider dtype. With --round_norms it is enough for norms that 1 + w is the same."""
+def require_same(params: list[MLPBlockParams], again: list[MLPBlockParams], rounded: bool) -> None:
+    """Compares all bits, in the wider dtype. If norms may be rounded, it is enough that their 1 + w is the same."""
 
     def same(a, b):
         wide = jnp.promote_types(a.dtype, b.dtype)
         a, b = a.astype(wide), b.astype(wide)
-        return bool((a == b).all() or (ROUND_NORMS.value and a.ndim == 1 and (1 + a == 1 + b).all()))
+        return bool((a == b).all() or (rounded and a.ndim == 1 and (1 + a == 1 + b).all()))
 
     checks.require(
         jax.tree.structure(params) == jax.tree.structure(again) and jax.tree.all(jax.tree.map(same, params, again)),

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gemma_mlp import MLPBlockParams, MLPConfig, mlp_block, rms_norm
+from gemma_mlp import MLPBlockParams, MLPConfig, RMSNormParams, mlp_block, rms_norm
 from gemma_mlp.testing import oracle
 from gemma_mlp.testing.oracle import relative_error
 from tests.support import samples
@@ -29,21 +29,25 @@ class TestRMSNorm:
             samples.normal(rng, (*batch, EMBED_DIM)),
         )
 
-    @vary("batch jit", itertools.product(samples.BATCHES, (False, True)))
-    def test_float32_value_and_gradients_equal_the_oracle(self, batch, jit):
+    @vary(
+        "batch jit plus_one", itertools.product(samples.BATCHES, (False, True), (True, False)), together="jit plus_one"
+    )
+    def test_float32_value_and_gradients_equal_the_oracle(self, batch, jit, plus_one):
         scale, x, dy = self.case(batch)
-        function = jax.jit(rms_norm) if jit else rms_norm
+        function = functools.partial(rms_norm, scale_plus_one=plus_one)
+        function = jax.jit(function) if jit else function
         y, dscale, dx = samples.value_and_pullback(function, jnp.float32(scale), jnp.float32(x), dy)
-        assert relative_error(y, oracle.rms_norm(scale, x, 1e-6)) <= FLOAT32_BOUND
-        expected_dscale, expected_dx = oracle.rms_norm_gradients(scale, x, dy, 1e-6)
+        assert relative_error(y, oracle.rms_norm(scale, x, 1e-6, plus_one)) <= FLOAT32_BOUND
+        expected_dscale, expected_dx = oracle.rms_norm_gradients(scale, x, dy, 1e-6, plus_one)
         assert relative_error(dscale, expected_dscale) <= FLOAT32_BOUND
         assert relative_error(dx, expected_dx) <= FLOAT32_BOUND
 
-    def test_bfloat16_rounds_once(self):
+    @pytest.mark.parametrize("plus_one", [True, False])
+    def test_bfloat16_rounds_once(self, plus_one):
         scale, x, _ = self.case((256,))
-        exact = oracle.rms_norm(scale, x, 1e-6)
+        exact = oracle.rms_norm(scale, x, 1e-6, plus_one)
         floor = relative_error(oracle.bfloat16(exact), exact)
-        y = rms_norm(jnp.asarray(scale, "bfloat16"), jnp.asarray(x, "bfloat16"))
+        y = rms_norm(jnp.asarray(scale, "bfloat16"), jnp.asarray(x, "bfloat16"), scale_plus_one=plus_one)
         assert y.dtype == jnp.bfloat16
         assert relative_error(y, exact) <= 1.001 * floor
 
@@ -53,9 +57,13 @@ class TestRMSNorm:
         y = rms_norm(jnp.float32(scale), jnp.float32(x), eps=eps)
         assert relative_error(y, oracle.rms_norm(scale, x, eps)) <= FLOAT32_BOUND
 
-    def test_a_zero_scale_is_the_identity_on_normalised_input(self):
+    @pytest.mark.parametrize("plus_one", [True, False])
+    def test_a_new_scale_is_the_identity_on_normalised_input(self, plus_one):
         x = np.float32(np.sign(self.case((3,))[1]))
-        np.testing.assert_allclose(rms_norm(jnp.zeros(EMBED_DIM), jnp.asarray(x)), x, rtol=1e-6)
+        params = RMSNormParams.init(MLPConfig(EMBED_DIM, 1, scale_plus_one=plus_one), jax.random.key(0))
+        np.testing.assert_array_equal(params.scale, np.full(EMBED_DIM, 0 if plus_one else 1, np.float32))
+        y = rms_norm(params.scale, jnp.asarray(x), scale_plus_one=plus_one)
+        np.testing.assert_allclose(y, x, rtol=1e-6)
 
     def test_mixed_dtypes_give_the_wider_one_unless_a_dtype_is_given(self):
         scale, x, _ = self.case((3,))
@@ -78,21 +86,24 @@ class TestRMSNorm:
             rms_norm(scale, x)
 
 
-@vary("activation use_bias batch jit", CASES)
-def test_float32_equals_the_oracle(activation, use_bias, batch, jit):
+BLOCK_CASES = [(*row, True) for row in CASES] + [("gelu_tanh", False, (2, 3), jit, False) for jit in (True, False)]
+
+
+@vary("activation use_bias batch jit plus_one", BLOCK_CASES)
+def test_float32_equals_the_oracle(activation, use_bias, batch, jit, plus_one):
     arrays, x, dy = case(batch, use_bias)
-    result = run(arrays, x, dy, "float32", jit=jit, activation=activation)
+    result = run(arrays, x, dy, "float32", jit=jit, activation=activation, scale_plus_one=plus_one)
     assert result[0].shape == x.shape and result[0].dtype == jnp.float32
-    for name, error in errors(result, exact_result(arrays, x, dy, activation)).items():
+    for name, error in errors(result, exact_result(arrays, x, dy, activation, plus_one=plus_one)).items():
         assert error <= FLOAT32_BOUND, name
 
 
-@vary("activation use_bias batch jit", CASES)
-def test_bfloat16_is_at_the_floor_of_rounding_what_is_stored(activation, use_bias, batch, jit):
+@vary("activation use_bias batch jit plus_one", BLOCK_CASES)
+def test_bfloat16_is_at_the_floor_of_rounding_what_is_stored(activation, use_bias, batch, jit, plus_one):
     arrays, x, dy = case(batch, use_bias)
-    exact = exact_result(arrays, x, dy, activation)
-    floor = errors(exact_result(arrays, x, dy, activation, stored=oracle.bfloat16), exact)
-    result = run(arrays, x, dy, "bfloat16", jit=jit, activation=activation)
+    exact = exact_result(arrays, x, dy, activation, plus_one=plus_one)
+    floor = errors(exact_result(arrays, x, dy, activation, stored=oracle.bfloat16, plus_one=plus_one), exact)
+    result = run(arrays, x, dy, "bfloat16", jit=jit, activation=activation, scale_plus_one=plus_one)
     assert {leaf.dtype.name for leaf in jax.tree.leaves(result)} == {"bfloat16"}
     for name, error in errors(result, exact).items():
         assert error <= FLOOR_FACTOR * floor[name], name
@@ -156,3 +167,9 @@ def test_init_makes_what_the_config_asks_for():
     assert {leaf.dtype.name for leaf in jax.tree.leaves(params)} == {"bfloat16"}
     assert not jnp.any(params.pre_norm.scale) and params.post_norm is not None and not jnp.any(params.post_norm.scale)
     assert MLPBlockParams.init(MLPConfig(4, 8, post_norm=False), jax.random.key(0)).post_norm is None
+    config = MLPConfig(4, 8, use_bias=True, scale_plus_one=False)
+    params = MLPBlockParams.init(config, jax.random.key(0))
+    assert params.post_norm is not None and (params.pre_norm.scale == 1).all() and (params.post_norm.scale == 1).all()
+    assert params.mlp.down_bias is not None and not jnp.any(params.mlp.down_bias)  # of the same shape as a norm
+    stacked = MLPBlockParams.specs(config, layers=3).pre_norm.scale
+    assert (stacked.init(jax.random.key(0), stacked.shape, "float32") == jnp.ones((3, 4))).all()

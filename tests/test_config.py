@@ -11,31 +11,31 @@ import pytest
 
 from gemma_mlp import PRESETS, MLPConfig, MLPParams, feed_forward, sharding
 
-PUBLISHED = {  # name: (embed_dim, hidden_dim, post_norm), written out again from the reports and configs
-    "gemma1_2b": (2048, 16384, False),
-    "gemma1_7b": (3072, 24576, False),
-    "gemma2_2b": (2304, 9216, True),
-    "gemma2_9b": (3584, 14336, True),
-    "gemma2_27b": (4608, 36864, True),
-    "gemma3_270m": (640, 2048, True),
-    "gemma3_1b": (1152, 6912, True),
-    "gemma3_4b": (2560, 10240, True),
-    "gemma3_12b": (3840, 15360, True),
-    "gemma3_27b": (5376, 21504, True),
-    "embeddinggemma_300m": (768, 1152, True),
-    "t5gemma_s": (512, 1024, True),
-    "t5gemma_b": (768, 2048, True),
-    "t5gemma_l": (1024, 2816, True),
-    "t5gemma_ml": (1152, 6912, True),
-    "t5gemma_xl": (2048, 5120, True),
-    "vaultgemma_1b": (1152, 6912, False),
-    "gemma3n_e2b": (2048, 8192, True),
-    "gemma3n_e4b": (2048, 16384, True),
-    "gemma4_e2b": (1536, 6144, True),
-    "gemma4_e2b_wide": (1536, 12288, True),
-    "gemma4_e4b": (2560, 10240, True),
-    "gemma4_12b": (3840, 15360, True),
-    "gemma4_31b": (5376, 21504, True),
+PUBLISHED = {  # name: (embed_dim, hidden_dim, post_norm, scale_plus_one), written out again from the sources
+    "gemma1_2b": (2048, 16384, False, True),
+    "gemma1_7b": (3072, 24576, False, True),
+    "gemma2_2b": (2304, 9216, True, True),
+    "gemma2_9b": (3584, 14336, True, True),
+    "gemma2_27b": (4608, 36864, True, True),
+    "gemma3_270m": (640, 2048, True, True),
+    "gemma3_1b": (1152, 6912, True, True),
+    "gemma3_4b": (2560, 10240, True, True),
+    "gemma3_12b": (3840, 15360, True, True),
+    "gemma3_27b": (5376, 21504, True, True),
+    "embeddinggemma_300m": (768, 1152, True, True),
+    "t5gemma_s": (512, 1024, True, True),
+    "t5gemma_b": (768, 2048, True, True),
+    "t5gemma_l": (1024, 2816, True, True),
+    "t5gemma_ml": (1152, 6912, True, True),
+    "t5gemma_xl": (2048, 5120, True, True),
+    "vaultgemma_1b": (1152, 6912, False, True),
+    "gemma3n_e2b": (2048, 8192, True, False),
+    "gemma3n_e4b": (2048, 16384, True, False),
+    "gemma4_e2b": (1536, 6144, True, False),
+    "gemma4_e2b_wide": (1536, 12288, True, False),
+    "gemma4_e4b": (2560, 10240, True, False),
+    "gemma4_12b": (3840, 15360, True, False),
+    "gemma4_31b": (5376, 21504, True, False),
 }
 
 GEMMA2 = {  # name: (layers, heads, kv heads, head_dim, MLP parameters per layer, non-embedding parameters)
@@ -47,7 +47,7 @@ GEMMA2 = {  # name: (layers, heads, kv heads, head_dim, MLP parameters per layer
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_presets_have_the_published_values(name):
-    embed_dim, hidden_dim, post_norm = PUBLISHED[name]
+    embed_dim, hidden_dim, post_norm, scale_plus_one = PUBLISHED[name]
     assert PRESETS[name] == MLPConfig(
         embed_dim=embed_dim,
         hidden_dim=hidden_dim,
@@ -58,6 +58,7 @@ def test_presets_have_the_published_values(name):
         param_dtype="float32",
         norm_eps=1e-6,
         post_norm=post_norm,
+        scale_plus_one=scale_plus_one,
     )
 
 
@@ -105,6 +106,7 @@ def test_presets_cannot_be_changed():
         ("activation", None, ": None"),
         ("use_bias", 1, "use_bias must be True or False.*: 1"),
         ("post_norm", "no", "post_norm must be True or False"),
+        ("scale_plus_one", 0, "scale_plus_one must be True or False.*: 0"),
         ("dropout_rate", 1.0, r"dropout_rate must be a number in \[0, 1\).*: 1.0"),
         ("dropout_rate", -0.1, ": -0.1"),
         ("dropout_rate", float("nan"), ": nan"),

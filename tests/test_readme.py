@@ -4,17 +4,13 @@ The blocks of one README build on one another, as a reader's session would, and 
 """
 
 import re
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+from tests.support.readme import ROOT, blocks
+
 READMES = [path.relative_to(ROOT) for path in sorted(ROOT.rglob("README.md"))]
 READMES = [path for path in READMES if not path.parts[0].startswith(".")]  # such as .venv
-
-
-def blocks(path):
-    return re.findall(r"^```python\n(.*?)^```", (ROOT / path).read_text(), re.DOTALL | re.MULTILINE)
 
 
 @pytest.mark.promotes

@@ -15,7 +15,7 @@ from flax import linen as nn
 from flax import nnx
 
 import gemma_mlp
-from gemma_mlp import MLPBlockParams, MLPConfig, MLPParams, RMSNormParams, mlp, mlp_block, mlp_hidden
+from gemma_mlp import MLPBlockParams, MLPConfig, MLPParams, RMSNormParams, mlp, mlp_block, mlp_hidden, rms_norm
 from tests.support import samples
 from tests.support.vary import vary
 
@@ -64,7 +64,7 @@ def assert_same(a, b):
     "kind options param_dtype dtype jit",
     itertools.product(
         KINDS,
-        [{}, {"use_bias": True}, {"post_norm": False}, {"save": "gate_up"}],
+        [{}, {"use_bias": True}, {"post_norm": False}, {"save": "gate_up"}, {"scale_plus_one": False}],
         ["float32", "bfloat16"],
         [None, "bfloat16"],
         [False, True],
@@ -96,6 +96,19 @@ def test_same_tree_and_bit_equal_outputs_and_gradients(kind, options, param_dtyp
     assert_same(results[0], results[1])
     assert_same(results[0], results[2])
     assert {leaf.dtype.name for leaf in jax.tree.leaves(tree)} == {param_dtype}
+
+
+@pytest.mark.parametrize("plus_one", [True, False])
+def test_the_norm_by_itself_has_the_options_of_the_config(plus_one):
+    config = dataclasses.replace(CONFIG, norm_eps=1.0, scale_plus_one=plus_one)
+    module, x = nnx_module("RMSNorm", config), inputs(2)
+    tree = tree_of(module)
+    expected = rms_norm(tree["scale"], x, eps=1.0, scale_plus_one=plus_one)
+    assert_same(module(x), expected)
+    assert_same(gemma_mlp.linen.RMSNorm(config).apply({"params": tree}, x), expected)
+    new = tree_of(gemma_mlp.nnx.RMSNorm(config, rngs=nnx.Rngs(0)))
+    assert_same(new, {"scale": jnp.full(8, 0.0 if plus_one else 1.0)})
+    assert_same(nn.unbox(linen_init("RMSNorm", config))["params"], new)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -35,16 +35,16 @@ class Kind(NamedTuple):
     defaults: Mapping[str, Any]  # of the type's config class
     pre_norm: str = "pre_feedforward_layernorm"  # the name of the norm before the MLP
     post_norm: bool = True  # whether there is a norm after the MLP
-    norm_factors: bool = False  # whether a norm is stored as its factor, which is 1 + w here
+    scale_plus_one: bool = True  # whether the norms multiply by 1 + w instead of w
 
 
 MODEL_TYPES = {
     "gemma": Kind(GEMMA, "post_attention_layernorm", post_norm=False),
     "gemma2": Kind(GEMMA2),
     "gemma3_text": Kind(GEMMA2),  # models/gemma3/configuration_gemma3.py, `Gemma3TextConfig`
-    "gemma3n_text": Kind(GEMMA3N, norm_factors=True),
-    "gemma4_text": Kind(GEMMA4, norm_factors=True),
-    "gemma4_unified_text": Kind(GEMMA4, norm_factors=True),  # models/gemma4_unified/, `Gemma4UnifiedTextConfig`
+    "gemma3n_text": Kind(GEMMA3N, scale_plus_one=False),
+    "gemma4_text": Kind(GEMMA4, scale_plus_one=False),
+    "gemma4_unified_text": Kind(GEMMA4, scale_plus_one=False),  # models/gemma4_unified/, `Gemma4UnifiedTextConfig`
     "vaultgemma": Kind(GEMMA2, post_norm=False),  # models/vaultgemma/configuration_vaultgemma.py, `VaultGemmaConfig`
     "t5_gemma_module": Kind(GEMMA2),  # models/t5gemma/configuration_t5gemma.py, `T5GemmaModuleConfig`
     "t5gemma2_text": Kind(GEMMA2),  # models/t5gemma2/configuration_t5gemma2.py, `T5Gemma2TextConfig`
@@ -94,14 +94,20 @@ def read_config(folder: str | Path, *, part: str | None = None) -> Model:
 
 
 def read_configs(
-    folder: str | Path, *, layers: Sequence[int] | None = None, part: str | None = None
+    folder: str | Path,
+    *,
+    layers: Sequence[int] | None = None,
+    part: str | None = None,
+    allow_activation_sparsity: bool = False,
 ) -> list[MLPConfig]:
     """The block's config in each of the `layers`, by default in all: in Gemma 3n and 4 they differ.
+
+    The arguments are those of :func:`read_huggingface`.
 
     Raises:
       ValueError: as :func:`read_config`, or if one of the layers computes what this block does not.
     """
-    configs = read_kind(folder, part)[1]
+    configs = read_kind(folder, part, allow_activation_sparsity)[1]
     return [require_block(configs, number) for number in choose_layers(len(configs), layers)]
 
 
@@ -110,10 +116,15 @@ def require_block(configs: Sequence[MLPConfig | str], number: int) -> MLPConfig:
     config = configs[number]
     if isinstance(config, MLPConfig):
         return config
-    raise ValueError(f"Layer {number} must compute this block. Got: {config}. Fix: choose others with layers=.")
+    raise ValueError(
+        f"Layer {number} must compute this block. Got: {config}. Fix: choose others with layers=. For those with a "
+        "threshold, allow_activation_sparsity=True; checkpoint/README.md has the function that computes them."
+    )
 
 
-def read_kind(folder: str | Path, part: str | None) -> tuple[Kind, list[MLPConfig | str]]:
+def read_kind(
+    folder: str | Path, part: str | None, allow_activation_sparsity: bool = False
+) -> tuple[Kind, list[MLPConfig | str]]:
     """What the model type and the config.json say: of each layer, its config, or what it computes instead of the block.
 
     The errors are those of :func:`read_config`.
@@ -160,6 +171,7 @@ def read_kind(folder: str | Path, part: str | None) -> tuple[Kind, list[MLPConfi
             dropout_rate=whole.get("dropout_rate", 0.0) if part else 0.0,  # T5Gemma has one for both parts
             norm_eps=values["rms_norm_eps"],
             post_norm=kind.post_norm,
+            scale_plus_one=kind.scale_plus_one,
         )
         widths = _of_each_layer("intermediate_size", values["intermediate_size"], num_layers)
         if "use_double_wide_mlp" in kind.defaults and values["use_double_wide_mlp"]:
@@ -176,7 +188,8 @@ def read_kind(folder: str | Path, part: str | None) -> tuple[Kind, list[MLPConfi
     if kind.defaults.get("enable_moe_block") is not None and values["enable_moe_block"]:
         return kind, ["a mixture of experts (enable_moe_block)"] * num_layers
     threshold = "a threshold on the gate (activation_sparsity_pattern {})"
-    return kind, [threshold.format(share) if share else config for config, share in zip(configs, sparsity)]
+    shares = [0] * num_layers if allow_activation_sparsity else sparsity
+    return kind, [threshold.format(share) if share else config for config, share in zip(configs, shares)]
 
 
 def _of_each_layer(name: str, value: Any, num_layers: int) -> list[Any]:

@@ -1,12 +1,9 @@
 """Reads, updates and writes the block's parameters in Hugging Face folders of Gemma and the models made from it."""
 
-import functools
 import re
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from gemma_mlp.activations import ACTIVATIONS
 from gemma_mlp.checkpoint import safetensors_folder
@@ -15,14 +12,19 @@ from gemma_mlp.checkpoint.config_json import NAMES, read_kind, require_block
 from gemma_mlp.checkpoint.loading import Progress, Source, choose_layers, load, require_finite_layers
 from gemma_mlp.checks import describe, require
 from gemma_mlp.config import MLPConfig
-from gemma_mlp.layouts.libraries import huggingface, norm_factors
+from gemma_mlp.layouts.libraries import huggingface
 from gemma_mlp.layouts.trees import block_leaves, stored_tensors
 from gemma_mlp.params import MLPBlockParams
 
+MODEL_TYPES = {(True, True): "gemma2", (False, True): "gemma", (True, False): "gemma4_text"}  # of a new folder
 
-def huggingface_shapes(folder: str | Path, *, part: str | None = None, dtype: Any = None) -> list[MLPBlockParams]:
+
+def huggingface_shapes(
+    folder: str | Path, *, part: str | None = None, dtype: Any = None, allow_activation_sparsity: bool = False
+) -> list[MLPBlockParams]:
     """The `jax.ShapeDtypeStruct`s of what :func:`read_huggingface` reads. All is checked except the values."""
-    return _in_order(_sources(local_folder(folder), None, part), None, lambda source: source.shapes(dtype))
+    sources = _sources(local_folder(folder), None, part, allow_activation_sparsity)
+    return _in_order(sources, None, lambda source: source.shapes(dtype))
 
 
 def read_huggingface(
@@ -33,7 +35,7 @@ def read_huggingface(
     dtype: Any = None,
     shardings: Any = None,
     stacked: bool = False,
-    round_norms: bool = False,
+    allow_activation_sparsity: bool = False,
     progress: Progress | None = None,
 ) -> Any:
     """The block's parameters from a Hugging Face folder of a Gemma. No other tensor is read.
@@ -52,8 +54,8 @@ def read_huggingface(
         device.
       stacked: whether to stack the layers on a new first axis, for `jax.lax.scan`. Layers of several dtypes take the
         widest.
-      round_norms: Gemma 3n and 4 store a norm as its factor, 1 + w. True: round a w that does not come exactly from it,
-        which happens to factors in float32. False: refuse it.
+      allow_activation_sparsity: whether to read layers whose gate has a threshold too, the first ten of Gemma 3n.
+        :func:`gemma_mlp.mlp_block` does not compute them. This folder's README has the function that does.
       progress: wraps the iteration over tensors, as tqdm does; of each width in turn, if layers differ.
 
     Returns:
@@ -63,7 +65,7 @@ def read_huggingface(
       ValueError: names the tensor, the file, what was expected and what was found.
     """
     layers = None if layers is None else list(layers)
-    sources = _sources(local_folder(folder), layers, part, round_norms)
+    sources = _sources(local_folder(folder), layers, part, allow_activation_sparsity)
     widths = [source.layout.config.hidden_dim for source in sources]
     fix = "choose layers of one width with layers=, or read a list."
     require(not stacked or len(widths) == 1, "A stack needs layers of one width.", f"hidden_dim {widths}", fix)
@@ -83,7 +85,7 @@ def update_huggingface(
     *,
     layers: Sequence[int] | None = None,
     part: str | None = None,
-    round_norms: bool = False,
+    allow_activation_sparsity: bool = False,
 ) -> None:
     """Writes layers back into a Hugging Face folder. Every other tensor and all metadata stay as they are.
 
@@ -93,15 +95,14 @@ def update_huggingface(
       folder: as for :func:`read_huggingface`.
       params: of the layers, in the dtype of the file.
       layers: the layers to write; None: all.
-      part: as for :func:`read_huggingface`.
-      round_norms: whether to round the factors 1 + w of Gemma 3n and 4, if they do not fit into the dtype of the file.
+      part, allow_activation_sparsity: as for :func:`read_huggingface`.
 
     Raises:
       ValueError: as for :func:`read_huggingface`, or if shapes or dtypes are not those of the file. Then nothing is
         written.
     """
     folder, layers = local_folder(folder), None if layers is None else list(layers)
-    sources = _sources(folder, layers, part, round_norms)
+    sources = _sources(folder, layers, part, allow_activation_sparsity)
     numbers = _in_order(sources, layers, lambda source: source.slots)
     require(
         len(params) == len(numbers),
@@ -117,9 +118,6 @@ def update_huggingface(
             for leaf, array in block_leaves(numbered[number]).items():
                 name = slots[leaf].tensor
                 dtype = source.tensors[name].dtype
-                if slots[leaf].plus_one:
-                    tensors[name] = functools.partial(_narrow, tensors[name], dtype, name, round_norms)
-                    continue
                 require(
                     str(array.dtype) == dtype,
                     f"{name} must be {dtype}, as in {source.file(name)}.",
@@ -128,16 +126,6 @@ def update_huggingface(
                 )
     require_finite_layers(numbered)
     safetensors_folder.update(folder, {name: sources[0].file(name) for name in tensors}, tensors)
-
-
-def _narrow(make: Callable[[], Any], dtype: str, name: str, rounding: bool) -> np.ndarray:
-    """A norm's factor in the dtype of the file."""
-    factor = np.asarray(make())
-    narrow = factor.astype(dtype)
-    lost = 0 if rounding else int((narrow.astype(factor.dtype) != factor).sum())
-    received = f"{lost} of {factor.size} numbers that {dtype} rounds"
-    require(lost == 0, f"{name} stores 1 + w in {dtype}.", received, "round_norms=True allows rounding.")
-    return narrow
 
 
 def write_huggingface(
@@ -160,7 +148,13 @@ def write_huggingface(
         no name for the activation.
     """
     folder = local_folder(folder, new=True)
-    model_type = "gemma2" if config.post_norm else "gemma"
+    model_type = MODEL_TYPES.get((config.post_norm, config.scale_plus_one))
+    require(
+        model_type is not None,
+        "A config.json must have a model_type for the block. Where norms multiply by w, there are two norms.",
+        "scale_plus_one=False without post_norm",
+        "write an Orbax checkpoint.",
+    )
     activation = ACTIVATIONS[config.activation].huggingface
     require(
         activation is not None and (model_type, activation) != ("gemma", "gelu"),
@@ -182,18 +176,15 @@ def write_huggingface(
     safetensors_folder.create(folder, tensors, settings, shard_bytes)
 
 
-def _sources(folder: Path, layers: Sequence[int] | None, part: str | None, round_norms: bool = False) -> list[Source]:
+def _sources(folder: Path, layers: Sequence[int] | None, part: str | None, allow_sparsity: bool) -> list[Source]:
     """Where the layers are, those of one config together. It reads the headers of their files and opens no other."""
-    kind, configs = read_kind(folder, part)
+    kind, configs = read_kind(folder, part, allow_sparsity)
     files = safetensors_folder.list_files(folder)
     prefix = _prefix(files, folder, part)
     numbers: dict[MLPConfig, list[int]] = {}
     for number in choose_layers(len(configs), layers):
         numbers.setdefault(require_block(configs, number), []).append(number)
-    layouts = [huggingface(config, prefix, pre_norm=kind.pre_norm) for config in numbers]
-    if kind.norm_factors:
-        layouts = [norm_factors(layout, round_norms=round_norms) for layout in layouts]
-    pairs = list(zip(layouts, numbers.values()))
+    pairs = [(huggingface(config, prefix, pre_norm=kind.pre_norm), own) for config, own in numbers.items()]
     wanted = {layout.name(stored, number) for layout, own in pairs for number in own for stored in layout.stored}
     tensors = safetensors_folder.read_headers(files, wanted)
     try:

@@ -10,12 +10,11 @@ from gemma_mlp.layouts.libraries import (
     gemma_mlp,
     huggingface,
     maxtext,
-    norm_factors,
     t5x,
     tunix,
 )
 from gemma_mlp.layouts.trees import flatten, from_tree, make_params, stack, to_tree, unstack
 
-__all__ = ["LAYOUTS", "Layout", "Stored", "detect", "norm_factors"]
+__all__ = ["LAYOUTS", "Layout", "Stored", "detect"]
 __all__ += ["deepmind", "deepmind_flat", "deepmind_stacked", "gemma_mlp", "huggingface", "maxtext", "t5x", "tunix"]
 __all__ += ["flatten", "from_tree", "make_params", "stack", "to_tree", "unstack"]

@@ -26,13 +26,14 @@ class Stored:
       leaves: the leaves of ours that it holds. If its axes have a 2, there are two: index 0 is the first of them.
       axes: letters in the order of the tensor's axes, such as "FD". If a library has several orders, each is given,
         and the tensor's shape decides.
-      plus_one: whether a norm is stored as 1 + w instead of w. We write it in float32, or in float64 if w is.
+      factor: whether the tensor holds what a norm multiplies by, instead of w. If the config says `scale_plus_one`,
+        that is 1 + w, which we write in float32, or in float64 if w is. Else it is w itself, so nothing changes.
     """
 
     name: str
     leaves: tuple[str, ...]
     axes: tuple[str, ...]
-    plus_one: bool = False
+    factor: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,6 +85,10 @@ class Layout:
         """The leaves of a layer and their shapes."""
         left_out = BIASES if self.config.post_norm else (*BIASES, "post_norm")
         return {leaf: self.shape(axes, 0, 1) for leaf, axes in LEAVES.items() if leaf not in left_out}
+
+    def adds_one(self, stored: Stored) -> bool:
+        """Whether `stored` holds 1 + w."""
+        return stored.factor and self.config.scale_plus_one
 
     def name(self, stored: Stored, layer: int) -> str:
         """The full name of the tensor that holds `stored` for layer number `layer`."""
@@ -191,4 +196,4 @@ def _slots(layout: Layout, stored: Stored, layer: int, tensors: Mapping[str, Any
     )
     for place, leaf in enumerate(stored.leaves):
         index = {"L": layer // len(layout.groups), "2": place}
-        yield Slot(name, tuple(index.get(axis, axis) for axis in fitting[0]), leaf, layout, stored.plus_one)
+        yield Slot(name, tuple(index.get(axis, axis) for axis in fitting[0]), leaf, layout, layout.adds_one(stored))

@@ -4,7 +4,6 @@ Of two leaves in one tensor, the first has index 0 of the axis 2 (layout.py, `St
 add a layout" in this folder's README: some steps lie outside of this file.
 """
 
-import dataclasses
 import functools
 import inspect
 import re
@@ -105,16 +104,6 @@ def _deepmind(config, layer, transpose, *, lead="", weight="", **options) -> Lay
     )
 
 
-def norm_factors(layout: Layout, *, round_norms: bool = False) -> Layout:
-    """A layout, but with norms stored as the factor itself, which is 1 + w here: those of Gemma 3n and Gemma 4.
-
-    w is then float32, or float64 if the factor is. A w that does not come exactly from the factor is refused, unless
-    `round_norms`. From a factor in bfloat16 it does, unless that is smaller than 2^-16.
-    """
-    stored = (dataclasses.replace(s, plus_one=s.leaves[0].endswith("_norm")) for s in layout.stored)
-    return dataclasses.replace(layout, stored=tuple(stored), round_norms=round_norms)
-
-
 def maxtext(
     config: MLPConfig,
     prefix: str = "decoder/",
@@ -124,7 +113,7 @@ def maxtext(
     groups: tuple[str, ...] = ("",),
     round_norms: bool = False,
 ) -> Layout:
-    """MaxText, whose norms store 1 + w.
+    """MaxText, whose norms store their factor: 1 + w, or w with `scale_plus_one=False`.
 
     Args:
       config: the block's sizes.
@@ -141,8 +130,8 @@ def maxtext(
         layer=prefix + ("layers" if scanned else "layers_{entry}"),
         stored=(
             *_wi_wo("mlp{group}/", fused, lead),
-            Stored("pre_ffw_norm{group}/scale", ("pre_norm",), (f"D{lead}",), plus_one=True),
-            Stored("post_ffw_norm{group}/scale", ("post_norm",), (f"D{lead}",), plus_one=True),
+            Stored("pre_ffw_norm{group}/scale", ("pre_norm",), (f"D{lead}",), factor=True),
+            Stored("post_ffw_norm{group}/scale", ("post_norm",), (f"D{lead}",), factor=True),
         ),
         modules=("mlp{group}", "pre_ffw_norm{group}", "post_ffw_norm{group}"),
         groups=groups,
@@ -151,13 +140,13 @@ def maxtext(
 
 
 def t5x(config: MLPConfig, prefix: str = "decoder/", *, round_norms: bool = False) -> Layout:
-    """T5X's decoder-only models, whose norms store 1 + w. They have no post-norm, so they can hold Gemma 1 only."""
+    """T5X's decoder-only models, whose norms store their factor. They have no post-norm, so they can hold Gemma 1."""
     return Layout(
         config,
         layer=prefix + "layers_{layer}",
         stored=(
             *_wi_wo("mlp/", fused=False, lead=""),
-            Stored("pre_mlp_layer_norm/scale", ("pre_norm",), ("D",), plus_one=True),
+            Stored("pre_mlp_layer_norm/scale", ("pre_norm",), ("D",), factor=True),
         ),
         modules=("mlp", "pre_mlp_layer_norm"),
         round_norms=round_norms,
@@ -219,8 +208,7 @@ LAYOUTS: dict[str, Callable[..., Layout]] = {  # `detect` tries all of these; sc
     "gemma_mlp": gemma_mlp,
     "gemma_mlp_stacked": functools.partial(gemma_mlp, stacked=True),
 }
-FACTORS = re.compile(r"[/.](layer_scalar|skip_scale|altup|laurel)\b")  # tensors that only Gemma 3n and 4 have
-STORE_FACTORS = ("huggingface", "deepmind")  # where these models store a norm as its factor
+NO_PLUS_ONE = re.compile(r"[/.](layer_scalar|skip_scale|altup|laurel)\b")  # tensors that only Gemma 3n and 4 have
 WITHOUT_POST_NORM = {"t5x"}  # these have no place for a post-norm, so they can hold Gemma 1 only
 
 
@@ -231,7 +219,8 @@ def detect(names: Iterable[str], config: MLPConfig) -> Layout:
     everything else.
 
     Raises:
-      ValueError: if no layout fits, or several fit equally well.
+      ValueError: if no layout fits, or several fit equally well; if the names are those of a Gemma 3n or 4, whose norms
+        multiply by w, and the config says 1 + w.
     """
     names = list(names)
     types = re.findall(r"stacked_layers/attention_type_(\d+)/", "\n".join(names))
@@ -260,6 +249,11 @@ def detect(names: Iterable[str], config: MLPConfig) -> Layout:
         "make the layout by its function in gemma_mlp.layouts.",
     )
     layout_name, prefix = best[0]
-    layout = makers[layout_name](config, prefix)
-    stores_factors = layout_name.startswith(STORE_FACTORS) and any(FACTORS.search(name) for name in names)
-    return norm_factors(layout) if stores_factors else layout
+    marks = [name for name in names if NO_PLUS_ONE.search(name)]
+    require(
+        not (marks and config.scale_plus_one) or layout_name.startswith("gemma_mlp"),  # which is as the config says
+        "The norms of Gemma 3n and 4 multiply by w instead of 1 + w, so their config must have scale_plus_one=False.",
+        f"scale_plus_one=True, and tensors such as {', '.join(marks[:1])}",
+        "choose a preset of that model, or change the config; or make the layout by its function.",
+    )
+    return makers[layout_name](config, prefix)

@@ -82,7 +82,7 @@ def _assemble(layers: Sequence[Mapping[str, Any]], stored: Stored, layout: Layou
 
     def of_layer(layer):
         leaves = [layer[leaf] for leaf in stored.leaves]
-        if stored.plus_one:
+        if layout.adds_one(stored):
             leaves = [arrays.add_exactly(leaf, 1, name, layout.round_norms) for leaf in leaves]
         return arrays.stack(*leaves) if "2" in axes else leaves[0]
 

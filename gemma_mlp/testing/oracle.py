@@ -82,34 +82,34 @@ def mlp_gradients(params, x, dy, activation, stored=exact, saved=exact, weights=
     return {name: grads[name] for name in params}, dx
 
 
-def rms_norm(scale, x, eps):
-    return x / np.sqrt(np.mean(x**2, axis=-1, keepdims=True) + eps) * (1 + scale)
+def rms_norm(scale, x, eps, scale_plus_one=True):
+    return x / np.sqrt(np.mean(x**2, axis=-1, keepdims=True) + eps) * (1 + scale if scale_plus_one else scale)
 
 
-def rms_norm_gradients(scale, x, dy, eps):
+def rms_norm_gradients(scale, x, dy, eps, scale_plus_one=True):
     """(gradient of scale, gradient of x)."""
     rms = np.sqrt(np.mean(x**2, axis=-1, keepdims=True) + eps)
-    normed, weighted = x / rms, dy * (1 + scale)
+    normed, weighted = x / rms, dy * (1 + scale if scale_plus_one else scale)
     return total(dy * normed), (weighted - normed * np.mean(weighted * normed, axis=-1, keepdims=True)) / rms
 
 
-def block(params, x, activation, eps, stored=exact):
+def block(params, x, activation, eps, stored=exact, scale_plus_one=True):
     """x + post_norm(mlp(pre_norm(x))); `params` as {"pre_norm": scale, "mlp": {...}, "post_norm": scale or None}."""
-    y, _ = mlp(params["mlp"], stored(rms_norm(params["pre_norm"], x, eps)), activation, stored)
+    y, _ = mlp(params["mlp"], stored(rms_norm(params["pre_norm"], x, eps, scale_plus_one)), activation, stored)
     if params["post_norm"] is not None:
-        y = rms_norm(params["post_norm"], y, eps)
+        y = rms_norm(params["post_norm"], y, eps, scale_plus_one)
     return stored(x + y)
 
 
-def block_gradients(params, x, dy, activation, eps, stored=exact):
+def block_gradients(params, x, dy, activation, eps, stored=exact, scale_plus_one=True):
     """(gradients of the parameters, gradient of x); every array between the norms and the MLP is stored."""
-    normed = stored(rms_norm(params["pre_norm"], x, eps))
+    normed = stored(rms_norm(params["pre_norm"], x, eps, scale_plus_one))
     d_post, dbranch = None, dy
     if params["post_norm"] is not None:
         y, _ = mlp(params["mlp"], normed, activation, stored)
-        d_post, dbranch = rms_norm_gradients(params["post_norm"], y, dy, eps)
+        d_post, dbranch = rms_norm_gradients(params["post_norm"], y, dy, eps, scale_plus_one)
     d_mlp, dnormed = mlp_gradients(params["mlp"], normed, stored(dbranch), activation, stored)
-    d_pre, dx = rms_norm_gradients(params["pre_norm"], x, dnormed, eps)
+    d_pre, dx = rms_norm_gradients(params["pre_norm"], x, dnormed, eps, scale_plus_one)
     d_post = None if d_post is None else stored(d_post)
     return {"pre_norm": stored(d_pre), "mlp": d_mlp, "post_norm": d_post}, stored(dy + dx)
 

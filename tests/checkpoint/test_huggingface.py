@@ -313,6 +313,40 @@ def test_a_new_folder_is_on_the_disk_before_it_gets_its_name(tmp_path, monkeypat
     assert calls[4:] == [inode(folder), "replace", inode(tmp_path)]
 
 
+@pytest.mark.parametrize("shards", [1, 3])
+def test_all_files_of_an_update_are_on_the_disk_before_one_gets_its_name(tmp_path, monkeypatch, shards):
+    """Each new file, the index among them, is flushed whole, and then the folder. Nothing is renamed before."""
+    folder = write(tmp_path / "c", arrays(), shards)
+    calls = []  # (inode, size) of what is flushed
+    fsync, replace = os.fsync, os.replace
+
+    def status(file):
+        return os.fstat(file).st_ino, os.fstat(file).st_size
+
+    monkeypatch.setattr(os, "fsync", lambda file: (calls.append(status(file)), fsync(file)))
+    monkeypatch.setattr(os, "replace", lambda *paths: (calls.append("replace"), replace(*paths)))
+    checkpoint.update_huggingface(folder, params(arrays()[::-1]))
+    names = ("*.safetensors", "*.index.json")
+    new = {(path.stat().st_ino, path.stat().st_size) for name in names for path in folder.glob(name)}
+    flushed = calls[: calls.index("replace")]
+    assert len(new) == (1 if shards == 1 else shards + 1) and set(flushed[:-1]) == new
+    inodes = [call[0] for call in (flushed[-1], *calls[len(flushed) + 1 :])]
+    assert inodes == [folder.stat().st_ino] * 2  # before the renaming, and after it
+
+
+@pytest.mark.parametrize("shards", [1, 3])
+def test_names_of_files_do_not_grow_with_every_update(tmp_path, shards):
+    folder = write(tmp_path, arrays(), shards)
+    names = lambda: sorted(path.name for path in folder.glob("*.safetensors"))  # noqa: E731
+    before = names()
+    lengths = []
+    for layers in (arrays()[::-1], arrays(), arrays()[::-1]):
+        checkpoint.update_huggingface(folder, params(layers))
+        assert equal(checkpoint.read_huggingface(folder), params(layers))
+        lengths.append([len(name) for name in names()])
+    assert lengths == [[len(name) + (0 if shards == 1 else len("-01234567")) for name in before]] * 3
+
+
 def test_a_new_folder_cut_short_is_not_there(tmp_path, monkeypatch):
     for survived in range(100):
         folder, left = tmp_path / str(survived), [survived]

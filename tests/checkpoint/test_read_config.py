@@ -59,15 +59,16 @@ def test_a_config_with_unknown_values_is_refused(tmp_path, change, message):
         checkpoint.read_config(tmp_path)
 
 
-GEMMA2 = (2304, 9216, 26, "gelu_tanh", 1e-6, True)  # Gemma2Config of transformers; later classes repeat it
-DEFAULTS = {  # model_type: D, F, layers, activation, eps and post-norm where a config.json says nothing else
-    "gemma": (3072, 24576, 28, "gelu_tanh", 1e-6, False),  # GemmaConfig
+GEMMA2 = (2304, 9216, 26, "gelu_tanh", 1e-6, True, True)  # Gemma2Config of transformers; later classes repeat it
+# model_type: D, F, layers, activation, eps, post_norm and scale_plus_one where a config.json says nothing else
+DEFAULTS = {
+    "gemma": (3072, 24576, 28, "gelu_tanh", 1e-6, False, True),  # GemmaConfig
     "gemma2": GEMMA2,
     "gemma3_text": GEMMA2,
-    "gemma3n_text": (2048, 16384, 35, "gelu_tanh", 1e-6, True),
-    "gemma4_text": (2304, 9216, 30, "gelu_tanh", 1e-6, True),
-    "gemma4_unified_text": (2304, 9216, 30, "gelu_tanh", 1e-6, True),
-    "vaultgemma": (*GEMMA2[:-1], False),
+    "gemma3n_text": (2048, 16384, 35, "gelu_tanh", 1e-6, True, False),
+    "gemma4_text": (2304, 9216, 30, "gelu_tanh", 1e-6, True, False),
+    "gemma4_unified_text": (2304, 9216, 30, "gelu_tanh", 1e-6, True, False),
+    "vaultgemma": (*GEMMA2[:-2], False, True),
     "t5_gemma_module": GEMMA2,
     "t5gemma2_text": GEMMA2,
     "t5gemma2_decoder": GEMMA2,
@@ -92,9 +93,10 @@ def test_every_model_type_has_literal_defaults():
 
 @pytest.mark.parametrize("model_type", DEFAULTS)
 def test_what_a_config_leaves_out_is_the_default_of_its_class(tmp_path, model_type):
-    embed_dim, hidden_dim, num_layers, activation, norm_eps, post_norm = DEFAULTS[model_type]
+    embed_dim, hidden_dim, num_layers, activation, norm_eps, post_norm, scale_plus_one = DEFAULTS[model_type]
     (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
-    expected = MLPConfig(embed_dim, hidden_dim, activation=activation, norm_eps=norm_eps, post_norm=post_norm)
+    norms = {"norm_eps": norm_eps, "post_norm": post_norm, "scale_plus_one": scale_plus_one}
+    expected = MLPConfig(embed_dim, hidden_dim, activation=activation, **norms)
     if model_type == "gemma3n_text":  # its first ten layers compute something else
         assert checkpoint.read_configs(tmp_path, layers=range(10, num_layers)) == [expected] * (num_layers - 10)
     else:
@@ -117,8 +119,8 @@ def test_a_nested_config_has_defaults_too(tmp_path, outer, part):
     """As the released config.json files of Gemma 3 4B, 12B and 27B, which state the geometry and little else."""
     keys, inner = NESTED[outer, part]
     stated = {"hidden_size": 2560, "intermediate_size": 10240, "num_hidden_layers": 34, "sliding_window": 1024}
-    post_norm = DEFAULTS[inner][-1]
-    expected = MLPConfig(2560, 10240, activation="gelu_tanh", norm_eps=1e-6, post_norm=post_norm)
+    norms = dict(zip(("post_norm", "scale_plus_one"), DEFAULTS[inner][-2:]))
+    expected = MLPConfig(2560, 10240, activation="gelu_tanh", norm_eps=1e-6, **norms)
     for model_type in ({}, {"model_type": inner}):
         (tmp_path / "config.json").write_text(json.dumps(nest(outer, keys, stated | model_type)))
         first = 10 if outer == "gemma3n" else 0
@@ -137,9 +139,9 @@ def read_configs(path, **values):
 
 def test_widths_that_differ_from_layer_to_layer(tmp_path):
     """Gemma 3n lists them. In Gemma 4 E2B, the layers that share keys and values are twice as wide."""
-    wide = MLPConfig(D, 2 * F)
+    narrow, wide = (MLPConfig(D, hidden_dim, scale_plus_one=False) for hidden_dim in (F, 2 * F))
     named = {"model_type": "gemma3n_text", "num_hidden_layers": 3, "intermediate_size": [F, 2 * F, F]}
-    assert read_configs(tmp_path, **named) == [MLPConfig(D, F), wide, MLPConfig(D, F)]
+    assert read_configs(tmp_path, **named) == [narrow, wide, narrow]
     with pytest.raises(ValueError, match=r"all alike\. Got: hidden_dim 6, hidden_dim 12\. .*read_configs"):
         checkpoint.read_config(tmp_path)
     assert checkpoint.read_configs(tmp_path, layers=[1]) == [wide]
@@ -150,10 +152,10 @@ def test_widths_that_differ_from_layer_to_layer(tmp_path):
     for model_type in ("gemma4_text", "gemma4_unified_text"):
         named = {"model_type": model_type, "num_hidden_layers": 35, "num_kv_shared_layers": 20}
         got = read_configs(tmp_path, **named, use_double_wide_mlp=True)
-        assert got == [MLPConfig(D, F)] * 15 + [wide] * 20
-        assert read_configs(tmp_path, **named) == [MLPConfig(D, F)] * 35
+        assert got == [narrow] * 15 + [wide] * 20
+        assert read_configs(tmp_path, **named) == [narrow] * 35
         none_shared = named | {"num_kv_shared_layers": 0}
-        assert read_configs(tmp_path, **none_shared, use_double_wide_mlp=True) == [MLPConfig(D, F)] * 35
+        assert read_configs(tmp_path, **none_shared, use_double_wide_mlp=True) == [narrow] * 35
         with pytest.raises(ValueError, match="num_kv_shared_layers must be a whole number"):
             read_configs(tmp_path, **named | {"num_kv_shared_layers": "20"}, use_double_wide_mlp=True)
     named = {"model_type": "gemma2", "num_hidden_layers": 2, "num_kv_shared_layers": 1, "use_double_wide_mlp": True}
@@ -161,16 +163,16 @@ def test_widths_that_differ_from_layer_to_layer(tmp_path):
 
 
 def test_layers_that_compute_something_else_are_refused_by_name(tmp_path):
-    named = {"model_type": "gemma3n_text", "num_hidden_layers": 12}
+    named, dense = {"model_type": "gemma3n_text", "num_hidden_layers": 12}, MLPConfig(D, F, scale_plus_one=False)
     message = r"Layer 0 must compute this block\. Got: a threshold on the gate \(activation_sparsity_pattern 0.95\)"
     for said in ({}, {"activation_sparsity_pattern": [0.95] * 10 + [0.0] * 2}):
         with pytest.raises(ValueError, match=message):
             read_configs(tmp_path, **named, **said)
-        assert checkpoint.read_configs(tmp_path, layers=[11, 10]) == [MLPConfig(D, F)] * 2
+        assert checkpoint.read_configs(tmp_path, layers=[11, 10]) == [dense] * 2
         with pytest.raises(ValueError, match=r"all alike\. Got: a threshold .* hidden_dim 6"):
             checkpoint.read_config(tmp_path)
-    assert read_configs(tmp_path, **named, activation_sparsity_pattern=[0.0] * 12) == [MLPConfig(D, F)] * 12
-    assert read_configs(tmp_path, **named | {"num_hidden_layers": 10}) == [MLPConfig(D, F)] * 10  # all dense, as theirs
+    assert read_configs(tmp_path, **named, activation_sparsity_pattern=[0.0] * 12) == [dense] * 12
+    assert read_configs(tmp_path, **named | {"num_hidden_layers": 10}) == [dense] * 10  # all dense, as theirs
     with pytest.raises(ValueError, match=r"Layer 0 .* Got: a mixture of experts \(enable_moe_block\)\."):
         read_configs(tmp_path, model_type="gemma4_text", num_hidden_layers=2, enable_moe_block=True)
     with pytest.raises(ValueError, match=r"Layer 0 .* Got: a mixture of experts \(enable_moe_block\)\."):

@@ -13,6 +13,7 @@ from flax import nnx
 
 import gemma_mlp
 from gemma_mlp import MLPConfig, layouts
+from tests.support import by_hand as by_hand_module
 from tests.support.by_hand import (
     CONFIG,
     GEMMA1,
@@ -200,6 +201,21 @@ def test_norms_of_bfloat16_factors_are_exact_around_1():
     (got,) = layouts.from_tree(tree, layouts.maxtext(CONFIG))
     assert got.pre_norm.scale.dtype == np.float32
     assert (got.pre_norm.scale.astype(np.float64) == factors.astype(np.float64) - 1).all()
+
+
+@pytest.mark.parametrize("dtype", [ml_dtypes.bfloat16, np.float32, np.float64])
+@pytest.mark.parametrize("name", TREES)
+def test_norms_that_multiply_by_w_keep_their_bits_in_every_layout(monkeypatch, name, dtype):
+    """Where a layout stores the factor, the factor is w."""
+    layout, by_hand, config = TREES[name]
+    layout = dataclasses.replace(layout, config=dataclasses.replace(config, scale_plus_one=False))
+    layers = arrays(config, dtype=dtype)
+    layers = [{leaf: (array / 3).astype(dtype) for leaf, array in layer.items()} for layer in layers]
+    tree = layouts.to_tree(params(layers, np.asarray), layout)
+    with monkeypatch.context() as patch:
+        patch.setattr(by_hand_module, "plus_one", lambda scale: scale)
+        assert equal(tree, by_hand(layers))
+    assert equal(layouts.from_tree(tree, layout), params(layers, np.asarray))
 
 
 # Errors

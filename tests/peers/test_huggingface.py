@@ -1,7 +1,10 @@
 """The MLP, the norm and the block equal those of Hugging Face's Gemma 2 on PyTorch, in float32."""
 
 import contextlib
+import dataclasses
+import importlib
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -79,12 +82,20 @@ def test_the_mlp_equals_the_peers():
     compare(lambda p, x: mlp(p, x, CONFIG), theirs, params, x, dy, lambda d: projections(d, theirs))
 
 
-def test_the_norm_equals_the_peers():
+@pytest.mark.parametrize(("model", "plus_one"), [("Gemma2", True), ("Gemma3n", False), ("Gemma4", False)])
+def test_the_norm_equals_the_peers(model, plus_one):
     arrays, x, dy = case()
-    theirs = modeling_gemma2.Gemma2RMSNorm(EMBED_DIM, eps=1e-6)
+    modeling = importlib.import_module(f"transformers.models.{model.lower()}.modeling_{model.lower()}")
+    theirs = getattr(modeling, f"{model}RMSNorm")(EMBED_DIM, eps=1e-6)
+    new = RMSNormParams.init(dataclasses.replace(CONFIG, scale_plus_one=plus_one), jax.random.key(0))
+    np.testing.assert_array_equal(new.scale, theirs.weight.detach().numpy())
     theirs.weight.data = torch.tensor(arrays["pre_norm"], dtype=torch.float32)
     scale = RMSNormParams(jnp.float32(arrays["pre_norm"]))
-    compare(lambda p, x: rms_norm(p.scale, x), theirs, scale, x, dy, lambda d: [(d.scale, theirs.weight)])
+
+    def ours(p, x):
+        return rms_norm(p.scale, x, scale_plus_one=plus_one)
+
+    compare(ours, theirs, scale, x, dy, lambda d: [(d.scale, theirs.weight)])
 
 
 def test_the_block_equals_the_mlp_half_of_the_peers_decoder_layer():

@@ -12,10 +12,12 @@ with contextlib.suppress(ModuleNotFoundError):  # then tests/conftest.py leaves 
     import torch
     import transformers
 
+import gemma_mlp
 from gemma_mlp import checkpoint, mlp_block
 from gemma_mlp.checkpoint import config_json
 from gemma_mlp.layouts.trees import block_leaves, make_params
 from gemma_mlp.testing.oracle import relative_error
+from tests.support import readme
 
 pytestmark = pytest.mark.needs_peers
 
@@ -68,10 +70,10 @@ def shieldgemma2():
     return transformers.ShieldGemma2ForImageClassification(config)
 
 
-def gemma3n():
+def gemma3n(**sparsity):
     more = {"hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 32, "laurel_rank": 4}
     widths = {"intermediate_size": [48, 64, 48], "num_kv_shared_layers": 0}
-    return transformers.Gemma3nForCausalLM(transformers.Gemma3nTextConfig(**SIZES | widths | more))
+    return transformers.Gemma3nForCausalLM(transformers.Gemma3nTextConfig(**SIZES | widths | more | sparsity))
 
 
 def gemma4(model_type="gemma4_text", **more):
@@ -106,13 +108,14 @@ PARTS = {"T5Gemma": ("encoder", "decoder"), "T5Gemma 2": ("encoder", "decoder")}
 def make(name, dtype="float32"):
     """A model with random parameters, norms included."""
     torch.manual_seed(0)
-    model = MODELS[name]()
+    return randomise(MODELS[name]()).to(getattr(torch, dtype)).eval()
+
+
+def randomise(model):
     with torch.no_grad():
-        for key, parameter in model.named_parameters():
+        for parameter in model.parameters():
             parameter.normal_(std=0.3)
-            if name.startswith(("Gemma 3n", "Gemma 4")) and "norm" in key:  # our w comes exactly from such a factor
-                parameter.copy_(parameter.bfloat16())
-    return model.to(getattr(torch, dtype)).eval()
+    return model.eval()
 
 
 def save(model, folder, sharded):
@@ -230,17 +233,52 @@ def test_blocks_compute_what_the_peer_computes(tmp_path, name, sharded):
             def block(params, x, config=config, scalar=scalar):
                 return scalar * mlp_block(params, x, config)
 
-            torch_x = torch.tensor(x, requires_grad=True)
-            expected = mlp_half(layer, torch_x)
-            expected.backward(torch.tensor(dy))
-            y, pullback = jax.vjp(block, params, jnp.asarray(x))
-            dparams, dx = pullback(jnp.asarray(dy))
-            assert relative_error(y, expected.detach().double().numpy()) <= BOUND
-            assert relative_error(dx, torch_x.grad.double().numpy()) <= BOUND
-            gradients = block_leaves(dparams)
-            for leaf, parameter in theirs_by_leaf(layer).items():
-                assert relative_error(gradients.pop(leaf).T, parameter.grad.double().numpy()) <= BOUND
-            assert not gradients
+            compare(block, params, layer, x, dy)
+
+
+def compare(block, params, layer, x, dy):
+    torch_x = torch.tensor(x, requires_grad=True)
+    expected = mlp_half(layer, torch_x)
+    expected.backward(torch.tensor(dy))
+    y, pullback = jax.vjp(block, params, jnp.asarray(x))
+    dparams, dx = pullback(jnp.asarray(dy))
+    assert relative_error(y, expected.detach().double().numpy()) <= BOUND
+    assert relative_error(dx, torch_x.grad.double().numpy()) <= BOUND
+    gradients = block_leaves(dparams)
+    for leaf, parameter in theirs_by_leaf(layer).items():
+        assert relative_error(gradients.pop(leaf).T, parameter.grad.double().numpy()) <= BOUND
+    assert not gradients
+
+
+def test_layers_with_a_threshold_by_the_function_in_the_readme(tmp_path):
+    """Values and gradients of Gemma 3n's layers, and its logits after all of them were read and written."""
+    sparsity = [0.95, 0.5, 0.0]
+    blocks = readme.blocks("gemma_mlp/checkpoint/README.md")
+    (code,) = (block for block in blocks if "def block_with_threshold" in block)
+    session = {"jax": jax, "gemma_mlp": gemma_mlp}
+    exec(code, session)
+    model = randomise(gemma3n(activation_sparsity_pattern=sparsity))
+    save(model, tmp_path, sharded=False)
+    with pytest.raises(ValueError, match="a threshold on the gate"):
+        checkpoint.read_huggingface(tmp_path)
+    allowed = {"allow_activation_sparsity": True}
+    configs, layers = checkpoint.read_configs(tmp_path, **allowed), checkpoint.read_huggingface(tmp_path, **allowed)
+    rng = np.random.default_rng(0)
+    x, dy = (rng.standard_normal((2, 5, 32)).astype(np.float32) for _ in range(2))
+    for share, config, params, layer in zip(sparsity, configs, layers, their_layers(model, None), strict=True):
+
+        def block(params, x, share=share, config=config):
+            if share == 0:
+                return mlp_block(params, x, config)
+            return session["block_with_threshold"](params, x, config, share)
+
+        compare(block, params, layer, x, dy)
+        expected = mlp_half(layer, torch.tensor(x)).detach().double().numpy()
+        wrong = relative_error(mlp_block(params, jnp.asarray(x), config), expected)
+        assert (wrong > 0.01) == (share > 0)  # so these layers must be asked for
+    expected = logits(reload(model, tmp_path))
+    checkpoint.update_huggingface(tmp_path, layers, **allowed)
+    assert torch.equal(logits(reload(model, tmp_path)), expected)
 
 
 @pytest.mark.parametrize(

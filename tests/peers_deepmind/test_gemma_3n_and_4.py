@@ -28,7 +28,7 @@ from gemma_mlp.testing.oracle import relative_error
 pytestmark = [pytest.mark.needs_deepmind, pytest.mark.promotes, pytest.mark.filterwarnings("ignore")]
 
 D, F, LAYERS = 32, 48, 4
-CONFIG = MLPConfig(D, F)
+CONFIG = MLPConfig(D, F, scale_plus_one=False)
 BOUND = 1e-5
 TOKENS = jnp.arange(12)[None] % 64
 SIZES = {
@@ -65,11 +65,10 @@ def gemma4():
 
 
 def draw(tree):
-    """Draws every leaf at random, norms in bfloat16: from such a factor our w comes exactly."""
+    """Draws every leaf at random."""
     leaves, treedef = jax.tree.flatten(tree)
     keys = jax.random.split(jax.random.key(0), len(leaves))
-    leaves = [0.3 * jax.random.normal(key, leaf.shape) for key, leaf in zip(keys, leaves)]
-    return treedef.unflatten([leaf.astype("bfloat16").astype("float32") if leaf.ndim == 1 else leaf for leaf in leaves])
+    return treedef.unflatten([0.3 * jax.random.normal(key, leaf.shape) for key, leaf in zip(keys, leaves)])
 
 
 @pytest.fixture(scope="module", params=[gemma3n, gemma4])
@@ -112,8 +111,23 @@ def test_written_back_bit_for_bit(tmp_path, peer):
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(tmp_path / "theirs", params)
     layers = checkpoint.read_orbax(tmp_path / "theirs", CONFIG)
-    tree = layouts.to_tree(layers, layouts.norm_factors(layouts.deepmind(CONFIG, transpose_gating_einsum=True)))
+    tree = layouts.to_tree(layers, layouts.deepmind(CONFIG, transpose_gating_einsum=True))
     merged = params | {name: params[name] | tree[name] for name in tree}
     assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()) and a.dtype == b.dtype, merged, params))
     logits = lambda params: model.apply({"params": params}, TOKENS).logits  # noqa: E731
     assert (logits(merged) == logits(params)).all()
+
+
+def test_the_block_comes_before_the_scalar_of_a_gemma_4_layer():
+    """With an attention that returns zeros, and without embeddings for each layer."""
+    sizes = {"num_heads": 2, "num_kv_heads": 1, "embed_dim": D, "head_dim": 16, "hidden_dim": F}
+    norms = {"use_post_attn_norm": True, "use_post_ffw_norm": True}
+    layer = modules4.Block(**sizes, **norms, attn_type=modules4.AttentionType.GLOBAL, global_rope_proportion=0.25)
+    x, mask = jax.random.normal(jax.random.key(1), (2, 5, D)), jnp.ones((2, 5, 5), bool)
+    inputs = (x, jnp.arange(5)[None], None, mask)
+    params = draw(jax.eval_shape(layer.init, jax.random.key(0), *inputs)["params"])
+    params["attn"]["attn_vec_einsum"] = jax.tree.map(jnp.zeros_like, params["attn"]["attn_vec_einsum"])
+    (ours,) = layouts.from_tree({"layer_0": params}, layouts.detect(layouts.flatten({"layer_0": params}), CONFIG))
+    _, expected = layer.apply({"params": params}, *inputs)
+    y = params["skip_scale"] * mlp_block(ours, x, CONFIG)
+    assert relative_error(y, np.asarray(expected, np.float64)) <= BOUND

@@ -73,24 +73,37 @@ def test_a_part_of_a_t5gemma(tmp_path, part):
     assert equal(load(source), tensors)
 
 
-def test_gemma_4_between_hugging_face_and_deepmind(tmp_path):
-    """Both store a norm as its factor. w is float32 in between, and no bit of the factor is lost."""
-    stored = [
-        layer | {name: (1 + layer[name]).astype("bfloat16") for name in ("pre_norm", "post_norm")} for layer in arrays()
-    ]
+def test_gemma_4_between_hugging_face_deepmind_and_maxtext(tmp_path):
+    """All hold the same w, in float32 numbers of which no 1 + w is exact."""
+    stored = [{name: (leaf / 3).astype(np.float32) for name, leaf in layer.items()} for layer in arrays()]
     settings = {"model_type": "gemma4_text", "hidden_size": D, "intermediate_size": F, "num_hidden_layers": LAYERS}
     source = write(tmp_path / "source", stored, settings=settings)
-    to = [f"--target={tmp_path / 'c'}", "--to=deepmind_flat", "--transpose_gating_einsum"]
-    run(f"--source={source}", *to, "--norm_factors")
-    layout = layouts.norm_factors(layouts.deepmind_flat(CONFIG))
-    read = checkpoint.read_orbax(tmp_path / "c", CONFIG, layout=layout)
-    assert equal(read, checkpoint.read_huggingface(source))
-    plain = checkpoint.read_orbax(tmp_path / "c", CONFIG, dtype="bfloat16", layout=layouts.deepmind_flat(CONFIG))
-    assert equal(plain, params(stored))  # the numbers that are on the disk
-    target = write(tmp_path / "target", stored[::-1], settings=settings)
-    back = [f"--source={tmp_path / 'c'}", *ORBAX, "--from=deepmind_flat", "--norm_factors"]
-    run(*back, f"--target={target}", "--to=huggingface")
-    assert equal(load(target), load(source))
+    for name in ("deepmind_flat", "maxtext"):
+        orbax, target, new = (tmp_path / f"{kind}_{name}" for kind in ("orbax", "target", "new"))
+        run(f"--source={source}", f"--target={orbax}", f"--to={name}", "--transpose_gating_einsum")
+        config = MLPConfig(D, F, scale_plus_one=False)
+        assert equal(checkpoint.read_orbax(orbax, config), params(stored))
+        write(target, stored[::-1], settings=settings)
+        back = [f"--source={orbax}", *ORBAX, "--noscale_plus_one", "--to=huggingface"]
+        run(*back, f"--target={target}")
+        assert equal(load(target), load(source))
+        run(*back, f"--target={new}")
+        assert checkpoint.read_config(new) == (config, LAYERS) and equal(
+            checkpoint.read_huggingface(new), params(stored)
+        )
+
+
+def test_norms_of_another_kind_do_not_replace_those_of_a_folder(tmp_path):
+    settings = {"model_type": "gemma4_text", "hidden_size": D, "intermediate_size": F, "num_hidden_layers": LAYERS}
+    target = write(tmp_path / "target", arrays(), settings=settings)
+    source = write(tmp_path / "source", arrays()[::-1])
+    with pytest.raises(
+        SystemExit, match=r"target multiply by w, so .* Got: scale_plus_one=True\. .*--noscale_plus_one"
+    ):
+        run(f"--source={source}", f"--target={target}", "--to=huggingface")
+    with pytest.raises(SystemExit, match=r"source multiply by 1 \+ w, so .* Got: scale_plus_one=False"):
+        run(f"--source={target}", f"--target={source}", "--to=huggingface")
+    assert equal(checkpoint.read_huggingface(target), params(arrays()))
 
 
 def test_addresses_in_the_home_folder(tmp_path, monkeypatch):
@@ -159,9 +172,18 @@ def test_errors_are_one_line(tmp_path, monkeypatch, arguments, message):
     assert not (tmp_path / "new").exists()
 
 
-def test_a_target_that_reads_back_otherwise_is_reported(tmp_path, monkeypatch):
+@pytest.mark.parametrize("how", ["write_orbax", "write_huggingface", "update_huggingface"])
+def test_a_target_that_reads_back_otherwise_is_reported(tmp_path, monkeypatch, how):
     source = write(tmp_path / "source", arrays())
-    write_ = checkpoint.write_orbax
-    monkeypatch.setattr(checkpoint, "write_orbax", lambda path, params, layout: write_(path, params[::-1], layout))
+    if how == "update_huggingface":
+        write(tmp_path / "c", arrays())
+    write_ = getattr(checkpoint, how)
+    monkeypatch.setattr(
+        checkpoint, how, lambda path, params, *rest, **options: write_(path, params[::-1], *rest, **options)
+    )
     with pytest.raises(SystemExit, match="What is read back must be what was written"):
-        run(f"--source={source}", f"--target={tmp_path / 'c'}", "--to=tunix")
+        run(
+            f"--source={source}",
+            f"--target={tmp_path / 'c'}",
+            f"--to={'tunix' if how == 'write_orbax' else 'huggingface'}",
+        )

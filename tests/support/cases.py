@@ -74,9 +74,9 @@ def run_block(arrays, x, dy, dtype, *, jit=False, **options):
     return (jax.jit(compute) if jit else compute)(samples.block_params(arrays, dtype), jnp.asarray(x, dtype), dy)
 
 
-def exact_block_result(arrays, x, dy, activation="gelu_tanh", eps=NORM_EPS, stored=oracle.exact):
-    y = oracle.block(arrays, x, activation, eps, stored)
-    return y, *oracle.block_gradients(arrays, x, dy, activation, eps, stored)
+def exact_block_result(arrays, x, dy, activation="gelu_tanh", eps=NORM_EPS, stored=oracle.exact, plus_one=True):
+    y = oracle.block(arrays, x, activation, eps, stored, plus_one)
+    return y, *oracle.block_gradients(arrays, x, dy, activation, eps, stored, plus_one)
 
 
 def block_errors(result, expected):
