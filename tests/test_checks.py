@@ -1,6 +1,7 @@
 """Checks of values are off by default. Inside check_values they work under every transformation."""
 
 import dataclasses
+import itertools
 
 import flax
 import jax
@@ -12,6 +13,7 @@ from flax import nnx
 import gemma_mlp
 from gemma_mlp import MLPConfig, MLPParams, feed_forward, mlp
 from gemma_mlp.checks import check_values
+from tests.support.vary import vary
 
 CONFIG = MLPConfig(8, 16)
 
@@ -131,11 +133,10 @@ class Twice(nnx.Module):
 
 
 @pytest.mark.promotes  # Optax relies on it
-@pytest.mark.parametrize("make", [make_model, Twice])
-@pytest.mark.parametrize("wrap", [lambda step: step, nnx.jit], ids=["eager", "nnx.jit"])
-@pytest.mark.parametrize("by_name", [False, True])
-def test_an_nnx_training_step_updates_model_and_optimizer(make, wrap, by_name):
-    x, models, step = jax.random.normal(jax.random.key(1), (2, 4, 8)), (make(), make()), wrap(train)
+@vary("tied jitted by_name", itertools.product([False, True], repeat=3))
+def test_an_nnx_training_step_updates_model_and_optimizer(tied, jitted, by_name):
+    make, step = Twice if tied else make_model, nnx.jit(train) if jitted else train
+    x, models = jax.random.normal(jax.random.key(1), (2, 4, 8)), (make(), make())
     for model, call in zip(models, (step, check_values(step))):
         optimizer = nnx.Optimizer(model, optax.adam(0.1), wrt=nnx.Param)
         named = {"optimizer": optimizer, "x": x}

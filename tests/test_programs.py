@@ -14,7 +14,7 @@ from gemma_mlp import MLPConfig
 from gemma_mlp.testing.oracle import relative_error
 from tests.support.programs import PROGRAMS, exported, transformed
 from tests.support.programs.formulas import D, F, Ours, Plain, make_params
-from tests.support.vary import vary
+from tests.support.vary import slow
 
 pytestmark = pytest.mark.promotes  # the plain formula and Flax rely on it
 
@@ -32,8 +32,30 @@ OPTIONS = [  # save, chunk_size, tokens, dtype: nearly every pair
     ("autodiff", 2, "several", None),
     ("gate_up", 2, "several", "bfloat16"),
 ]
-# By default a program runs with its first options, and these differ from one program to the next.
-ROWS = [(name, *OPTIONS[(i + j) % len(OPTIONS)]) for i, name in enumerate(PROGRAMS) for j in range(len(OPTIONS))]
+# By default these run, each with other options.
+QUICK = [
+    "grad in jit",
+    "jvp of grad",
+    "jvp",
+    "vmap over params (experts)",
+    "scan over layers",
+    "shard_map over data",
+    "shard_map over data, the rest automatic, with rules",
+    "shard_map over tensor",
+    "pmap",
+    "a mesh of explicit axes, with rules",
+    "export, any batch",
+    "export, any length",
+    "checking_leaks",
+    "nnx.value_and_grad in nnx.jit",
+    "nnx.shard_map",
+    "nn.scan over layers, with remat",
+]
+ROWS = [
+    (name, *options) if name in QUICK and i == QUICK.index(name) % len(OPTIONS) else slow(name, *options)
+    for name in PROGRAMS
+    for i, options in enumerate(OPTIONS)
+]
 
 
 def refusal(program, save, chunk_size, tokens):
@@ -47,7 +69,7 @@ def refusal(program, save, chunk_size, tokens):
     return None
 
 
-@vary("program save chunk_size tokens dtype", ROWS)
+@pytest.mark.parametrize(("program", "save", "chunk_size", "tokens", "dtype"), ROWS)
 def test_the_block_in_a_program(program, save, chunk_size, tokens, dtype, eight_devices):
     x = jax.random.normal(jax.random.key(9), (2, LENGTHS[tokens], D))
     params, run = make_params(), PROGRAMS[program]

@@ -286,7 +286,7 @@ RENAMED = (("batch", "rows"), *sharding.RULES[1:])
             r"batch, length, embed, mlp.*: heads. Fix: add a rule",
         ),
         (lambda mesh: MLPConfig(16, 64, axis_rules=sharding.RULES[1:]), "one rule for each of batch, length"),
-        (lambda mesh: MLPConfig(16, 64, axis_rules=list(sharding.RULES)), "a tuple of pairs"),
+        (lambda mesh: MLPConfig(16, 64, axis_rules=dict(sharding.RULES)), "must be pairs"),
         (lambda mesh: MLPConfig(16, 64, axis_rules=(("batch", 3), *sharding.RULES[1:])), "a name, a tuple of names or"),
         (lambda mesh: sharding.activation_sharding((4, 3, 16), mesh, RENAMED), "rows"),
         (lambda mesh: sharding.named_shardings({"w": jnp.zeros((2, 16))}, mesh), "a tree of arrays alone"),

@@ -54,7 +54,9 @@ def plain(params, x):
 
 def plain_norm(scale, x):
     wide = x.astype("float32")
-    return (wide * jax.lax.rsqrt(jnp.mean(wide * wide, -1, keepdims=True) + 1e-6) * (1 + scale)).astype(x.dtype)
+    return (
+        wide * jax.lax.rsqrt(jnp.mean(wide * wide, -1, keepdims=True) + 1e-6) * (1 + scale.astype("float32"))
+    ).astype(x.dtype)
 
 
 class FlaxBlock(nnx.Module):
