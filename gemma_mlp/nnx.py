@@ -3,10 +3,13 @@
 from flax import nnx
 from jaxtyping import Array, Float
 
+from gemma_mlp.adopt import adopt, qwix_rule, refuse_qwix
 from gemma_mlp.block import add_branch, rms_norm
 from gemma_mlp.config import MLPConfig
 from gemma_mlp.op.api import mlp, mlp_hidden
 from gemma_mlp.params import MLPParams, RMSNormParams, named_leaves
+
+__all__ = ["MLP", "MLPBlock", "RMSNorm", "adopt"]
 
 
 class MLP(nnx.Module):
@@ -46,6 +49,7 @@ class MLP(nnx.Module):
           deterministic: True switches dropout off; None: as `train()` and `eval()` set it.
           rngs: draws the dropout mask instead of the module's own stream.
         """
+        refuse_qwix(qwix_rule(self))
         params = MLPParams(**{name: getattr(self, name)[...] for name in named_leaves(MLPParams.specs(self.config))})
         key = self._dropout_key(self.deterministic if deterministic is None else deterministic, rngs)
         # `__captures__` is what nnx.capture sets. Outside of it, flax before 0.12.12 turns `sow` into a new attribute.

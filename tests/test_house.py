@@ -23,7 +23,7 @@ FLOORS = [
     {"op.vjp", "op.tpu", "layouts"},
     {"op.choose"},
     {"op.api", "checkpoint.addresses", "checkpoint.loading", "checkpoint.safetensors_folder"},
-    {"block", "checkpoint.config_json", "checkpoint.orbax"},
+    {"adopt", "block", "checkpoint.config_json", "checkpoint.orbax"},
     {"nnx", "linen", "checkpoint.huggingface", "testing.stacks"},
     {"checkpoint"},
 ]
