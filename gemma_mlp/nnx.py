@@ -1,5 +1,7 @@
 """The NNX shell: modules that hold and name parameters. The arithmetic is in gemma_mlp.block and gemma_mlp.op."""
 
+from typing import Any
+
 from flax import nnx
 from jaxtyping import Array, Float
 
@@ -8,6 +10,7 @@ from gemma_mlp.block import add_branch, rms_norm
 from gemma_mlp.config import MLPConfig
 from gemma_mlp.op.api import mlp, mlp_hidden
 from gemma_mlp.params import MLPParams, RMSNormParams, named_leaves
+from gemma_mlp.sharding import leaf_rules
 
 __all__ = ["MLP", "MLPBlock", "RMSNorm", "adopt"]
 
@@ -123,5 +126,8 @@ class MLPBlock(nnx.Module):
 def _add_params(module: nnx.Module, specs: MLPParams | RMSNormParams, config: MLPConfig, rngs: nnx.Rngs) -> None:
     for name, spec in named_leaves(specs).items():
         value = spec.init(rngs.params(), spec.shape, config.param_dtype)
-        # Logical names are not mesh axes, so nothing is sharded here: a model is made with or without a mesh.
-        setattr(module, name, nnx.Param(value, out_sharding=spec.axes, eager_sharding=False))
+        # Nothing is sharded here: a model is made with or without a mesh. The rules tell Flax what the names stand for.
+        names: dict[str, Any] = {"out_sharding": spec.axes, "eager_sharding": False}
+        if config.axis_rules is not None:
+            names["sharding_rules"] = leaf_rules(spec.axes, config.axis_rules)
+        setattr(module, name, nnx.Param(value, **names))

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import re
 from pathlib import Path
 
 import jax
@@ -55,7 +54,9 @@ def make(name, seed=0, embed_dim=D, hidden_dim=F, dtype="float32"):
     nnx.update(
         model,
         jax.tree.map(
-            lambda a: jnp.asarray(rng.standard_normal(a.shape) * 0.2, dtype) if jnp.issubdtype(a.dtype, jnp.floating) else a,
+            lambda a: (
+                jnp.asarray(rng.standard_normal(a.shape) * 0.2, dtype) if jnp.issubdtype(a.dtype, jnp.floating) else a
+            ),
             nnx.state(model),
         ),
     )
