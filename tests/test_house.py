@@ -71,6 +71,15 @@ def test_importing_initialises_no_backend_and_says_nothing():
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
+def test_importing_loads_no_pallas_and_no_checkpoint_library():
+    """They take longer to import than the package does, and few programs need them."""
+    code = """
+import gemma_mlp, sys
+print(*{"jax.experimental.pallas", "orbax.checkpoint", "tensorstore"} & set(sys.modules))
+"""
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == ""
+
+
 def test_public_names_are_there():
     assert all(hasattr(gemma_mlp, name) for name in gemma_mlp.__all__)
     assert (PACKAGE / "py.typed").exists()
