@@ -7,12 +7,15 @@ def get_config(size: str = "2b") -> ml_collections.ConfigDict:
     config = ml_collections.ConfigDict()
     config.preset = f"gemma2_{size}"
     config.workdir = f"runs/benchmark-{size}"  # receives benchmark.json and benchmark.png
-    config.sections = ("time", "accuracy", "memory")
+    config.sections = ("time", "calls", "accuracy", "memory")
 
     # time
     config.dtypes = ("bfloat16", "float32")
     config.tokens = (1, 2, 16, 128, 256, 512, 2048)
     config.rounds = 7  # each time is the median of these rounds, in which the contestants take turns
+
+    # calls
+    config.call_layers = 26  # the number of unrolled layers that are lowered and compiled
 
     # accuracy
     config.accuracy_tokens = (64, 2048)

@@ -148,9 +148,13 @@ def vary_alike(tree: Any) -> Any:
     Inside `jax.shard_map` JAX gives each array's type these axes. A custom backward pass must return gradients of its
     inputs' types, and a loop must end with its carry's types. Where an input is marked here, JAX adds its gradient up.
     """
-    axes = jax.tree.map(lambda a: jax.typeof(a).manual_axis_type.varying, tree)
-    every = frozenset().union(*jax.tree.leaves(axes))
-    return jax.tree.map(lambda a, own: lax.pcast(a, tuple(sorted(every - own)), to="varying"), tree, axes)
+    every = varying_axes(tree)
+    return jax.tree.map(lambda a: lax.pcast(a, tuple(sorted(every - varying_axes(a))), to="varying"), tree)
+
+
+def varying_axes(tree: Any) -> frozenset[str]:
+    """The manual axes that an array varies over inside a `jax.shard_map` which checks that (`check_vma`)."""
+    return frozenset().union(*(jax.typeof(a).manual_axis_type.varying for a in jax.tree.leaves(tree)))
 
 
 def spec_of(array: jax.Array) -> PartitionSpec:

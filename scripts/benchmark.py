@@ -3,8 +3,8 @@
     python scripts/benchmark.py --config=configs/benchmark.py:2b        # or :9b, :27b
     JAX_PLATFORMS=cpu python scripts/benchmark.py --config=configs/benchmark.py:2b --config.sections="('memory',)"
 
-It has three sections: time, accuracy and memory. It prints a table of each, and writes benchmark.json and benchmark.png
-to config.workdir, which is runs/benchmark-2b for 2b. An interrupted benchmark starts over.
+It has four sections: time, calls, accuracy and memory. It prints a table of each, and writes benchmark.json and
+benchmark.png to config.workdir, which is runs/benchmark-2b for 2b. An interrupted benchmark starts over.
 
 Times are those of JAX's default device. Let nothing else run meanwhile. With the `peers` extra, Hugging Face's module
 on PyTorch is timed too. Memory is what the compiler for this CPU reports. With the `aot` extra and JAX_PLATFORMS=cpu
@@ -20,7 +20,7 @@ from pathlib import Path
 
 import cli
 import jax
-from benchmark import accuracy, figure, memory, timing
+from benchmark import accuracy, calls, figure, memory, timing
 from tqdm import tqdm
 
 from gemma_mlp import PRESETS
@@ -41,8 +41,8 @@ def main():
     for name in config.sections:
         report[name] = SECTIONS[name](config, report)
         (workdir / "benchmark.json").write_text(json.dumps(report, indent=2))
-    figure.draw(workdir / "benchmark.png", report)
-    print(f"\nWritten to {workdir}: benchmark.json, benchmark.png")
+    drawn = figure.draw(workdir / "benchmark.png", report)
+    print(f"\nWritten to {workdir}: benchmark.json{', benchmark.png' if drawn else ''}")
 
 
 def time(config, report):
@@ -78,6 +78,17 @@ def time(config, report):
 
 def ratio(measured, name):
     return f"{measured[name] / measured['matmuls']:.2f}" if name in measured else ""
+
+
+def overhead(config, _):
+    print("\nWhat a call costs before any arithmetic: milliseconds, and ours relative to theirs")
+    print(row("ours", "theirs", "ratio"), " what")
+    rows = []
+    for measured in tqdm(calls.measure(config.call_layers, config.rounds), total=8, leave=False):
+        rows.append(measured)
+        numbers = (f"{measured[name]:.2f}" for name in ("ours", "theirs", "ratio"))
+        tqdm.write(f"{row(*numbers)}  {measured['what']}")
+    return rows
 
 
 def errors(config, _):
@@ -117,7 +128,7 @@ def row(*cells):
     return "".join(f"{cell!s:>14}" for cell in cells)
 
 
-SECTIONS = {"time": time, "accuracy": errors, "memory": stacks}
+SECTIONS = {"time": time, "calls": overhead, "accuracy": errors, "memory": stacks}
 
 if __name__ == "__main__":
     cli.run(main)

@@ -1,9 +1,8 @@
 """The block inside other people's programs: right against the plain formula, or refused with the way out.
 
-Every program runs with each pair of values of `save`, `chunk_size`, the number of tokens and the compute dtype.
+Every program runs with each `save`, with and without `chunk_size`, with no token, one and several, in each dtype.
 """
 
-import itertools
 import pathlib
 import re
 
@@ -15,18 +14,27 @@ from gemma_mlp import MLPConfig
 from gemma_mlp.testing.oracle import relative_error
 from tests.support.programs import PROGRAMS, exported, transformed
 from tests.support.programs.formulas import D, F, Ours, Plain, make_params
-from tests.support.vary import covering, vary
+from tests.support.vary import vary
 
 pytestmark = pytest.mark.promotes  # the plain formula and Flax rely on it
 
 README = pathlib.Path(__file__).parent.parent / "gemma_mlp" / "op" / "README.md"
-SAVES = ("input", "gate_up", "autodiff")
 LENGTHS = {"several": 5, "one": 1, "none": 0}
-# The largest errors measured are 0.042 (three layers, second derivatives) and 2e-6. A sum that JAX forgot, or added
+# The largest errors measured are 0.027 (three layers, second derivatives) and 2e-6. A sum that JAX forgot, or added
 # twice, is an error of a third or more.
-BOUNDS = {"bfloat16": 0.06, None: 1e-5}
-OPTIONS = list(itertools.product(SAVES, (2, None), LENGTHS, BOUNDS))
-PAIRS = [OPTIONS[i] for i in sorted(covering(OPTIONS, range(4)))]
+BOUNDS = {"bfloat16": 0.05, None: 1e-5}
+OPTIONS = [  # save, chunk_size, tokens, dtype: nearly every pair
+    ("input", 2, "several", "bfloat16"),
+    ("input", None, "one", "bfloat16"),
+    ("input", 2, "none", None),
+    ("gate_up", 2, "several", None),
+    ("gate_up", None, "one", None),
+    ("gate_up", None, "none", "bfloat16"),
+    ("autodiff", 2, "one", "bfloat16"),
+    ("autodiff", None, "several", None),
+]
+# By default a program runs with its first options, and these differ from one program to the next.
+ROWS = [(name, *OPTIONS[(i + j) % len(OPTIONS)]) for i, name in enumerate(PROGRAMS) for j in range(len(OPTIONS))]
 
 
 def refusal(program, save, chunk_size, tokens):
@@ -40,7 +48,7 @@ def refusal(program, save, chunk_size, tokens):
     return None
 
 
-@vary("program save chunk_size tokens dtype", [(name, *pair) for name in PROGRAMS for pair in PAIRS])
+@vary("program save chunk_size tokens dtype", ROWS)
 def test_the_block_in_a_program(program, save, chunk_size, tokens, dtype, eight_devices):
     x = jax.random.normal(jax.random.key(9), (2, LENGTHS[tokens], D))
     params, run = make_params(), PROGRAMS[program]

@@ -170,6 +170,26 @@ def test_hidden_activations_have_explicit_axes():
     assert relative_error(h, oracle.mlp(arrays, x, "gelu_tanh")[1][-1]) <= FLOAT32_BOUND
 
 
+@pytest.mark.parametrize("placed", ["both", "parameters", "x"])
+@pytest.mark.parametrize("under", [lambda call: call, jax.jit], ids=["eager", "jit"])
+def test_arrays_with_explicit_axes_need_no_mesh_in_force(placed, under, eight_devices):
+    """Their types say how they are split."""
+    arrays, x, _, expected = case()
+    mesh = make_mesh(2, 4, AxisType.Explicit)
+    params, x = samples.mlp_params(arrays, "float32"), jnp.asarray(x, "float32")
+    if placed != "x":
+        params = spread(params, mesh, sharding.RULES, MLPParams.specs(CONFIG))
+    if placed != "parameters":
+        x = jax.device_put(x, sharding.activation_sharding(x.shape, mesh))
+    y = under(feed_forward)(params, x)
+    assert relative_error(y, expected[0]) <= FLOAT32_BOUND
+    assert jax.typeof(y).sharding.spec[0] == (("data", "fsdp") if placed != "parameters" else None)
+    if placed == "both":
+        dparams = jax.jit(lambda y, dy: jax.vjp(feed_forward, params, x)[1](dy))(y, y)[0]
+        for name in ("gate_proj", "up_proj", "down_proj"):
+            assert jax.typeof(getattr(dparams, name)).sharding == jax.typeof(getattr(params, name)).sharding
+
+
 class TestShardings:
     """The expected specs are literals, written out independently of the package."""
 

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 
 from gemma_mlp.checks import describe, require
 from gemma_mlp.config import MLPConfig
-from gemma_mlp.mesh import mesh_to_split, target_device
+from gemma_mlp.mesh import mesh_to_split, target_device, varying_axes
 from gemma_mlp.op.backend import XLA, Backend
 from gemma_mlp.op.gpu import GPU
 from gemma_mlp.op.tpu import TPU
@@ -32,6 +32,9 @@ def choose_backend(config: MLPConfig, params: MLPParams, x: Any, dtype: Any, dro
     backend = KERNELS[platform]
     known = all(isinstance(size, int) for size in x.shape)
     _require(known, "needs sizes that are known when the program is traced", f"x {describe(x)}")
+    axes = ", ".join(sorted(varying_axes((params, x))))
+    fix = "pass check_vma=False to jax.shard_map, or use implementation='xla'"
+    _require(not axes, "needs check_vma=False inside a jax.shard_map", f"arrays that vary over {axes}", fix)
     _require(dtype != jnp.float64, "needs bfloat16 or, on a TPU, float32", "float64")
     lacking = f"activation {config.activation!r} on a {platform}"
     _require(config.activation not in backend.lacks, "needs an activation that its kernels have", lacking)

@@ -5,13 +5,16 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 
-def draw(path: Path, report: dict) -> None:
-    """Draws one panel for each dtype and pass that was timed, and one for the memory of the scanned stack."""
+def draw(path: Path, report: dict) -> bool:
+    """Draws one panel for each dtype and pass that was timed, and one for the memory of the scanned stack.
+
+    Returns whether the report has any of these.
+    """
     panels = sorted({(row["dtype"], row["pass"]) for row in report.get("time", [])})
     memory = [row for row in report.get("memory", []) if row["stack"] == "scanned"]
     count = len(panels) + bool(memory)
     if count == 0:
-        return
+        return False
     figure = Figure(figsize=(5 * count, 4.5), layout="constrained")
     axes = figure.subplots(1, count, squeeze=False)
     for (dtype, which), panel in zip(panels, axes[0]):
@@ -37,3 +40,4 @@ def draw(path: Path, report: dict) -> None:
         panel.set(title="gradient of a scanned stack", ylabel="temporary memory, MiB")
         panel.legend()
     figure.savefig(path, dpi=110)
+    return True

@@ -219,6 +219,28 @@ def test_a_mesh_changes_no_number(name, simple_chip, eight_devices):
         assert error <= FLOAT32_BOUND, name
 
 
+@pytest.mark.parametrize("manual", first_is_quick([("data",), ("data", "fsdp", "tensor")]), ids=len)
+def test_inside_a_users_shard_map(manual, simple_chip, eight_devices):
+    arrays, x, dy = case((4, 16))
+    params, x = samples.mlp_params(arrays, "float32"), jnp.asarray(x, "float32")
+    apply = functools.partial(feed_forward, axis_rules=RULES["tensor"], implementation="pallas")
+    split = {"in_specs": (jax.P(), jax.P("data")), "out_specs": jax.P("data"), "axis_names": set(manual)}
+    with jax.set_mesh(make_mesh(fsdp=1, tensor=2, data=2)):
+        inside = jax.jit(jax.shard_map(apply, check_vma=False, **split))
+        result = samples.value_and_pullback(inside, params, x, dy)
+        with pytest.raises(ValueError, match=r"needs check_vma=False.*vary over data.*Fix: pass check_vma=False"):
+            jax.jit(jax.shard_map(apply, **split))(params, x)
+    for name, error in errors(result, exact_result(arrays, np.asarray(x), dy, "gelu_tanh")).items():
+        assert error <= FLOAT32_BOUND, name
+
+
+def test_unknown_sizes_are_refused(simple_chip):
+    params = samples.mlp_params(case(())[0], "float32")
+    x = jax.ShapeDtypeStruct(jax.export.symbolic_shape(f"b, {EMBED_DIM}"), "float32")
+    with pytest.raises(ValueError, match=r"needs sizes that are known when the program is traced.*float32\[b, 128\]"):
+        jax.export.export(jax.jit(functools.partial(feed_forward, implementation="pallas")))(params, x)
+
+
 def test_hidden_activations_on_a_mesh(simple_chip, eight_devices):
     arrays, x, _ = case((8, 16), hidden_dim=1024)
     rules, mesh = RULES["sequence"], make_mesh(4, 2)

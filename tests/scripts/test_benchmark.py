@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from benchmark import memory, timing
+from benchmark import calls, memory, timing
 
 from gemma_mlp import MLPConfig, MLPParams, aot
 
@@ -75,13 +75,14 @@ def test_a_program_that_does_not_fit_has_an_empty_cell(monkeypatch):
     assert len(rows) == 3 * 5 and all(row["CPU"] is None for row in rows)
 
 
-def run_benchmark(workdir, *settings):
+def run_benchmark(workdir, *settings, figure=True):
     """(standard output, report) of the command at a small size."""
     small = ["preset=gemma3_270m", "tokens=(1,3)", "rounds=1", "accuracy_tokens=(3,)", "memory_tokens=128"]
     flags = [f"--config.{setting}" for setting in (*small, f"workdir={workdir}", *settings)]
     command = [sys.executable, str(ROOT / "scripts" / "benchmark.py"), f"--config={ROOT}/configs/benchmark.py:2b"]
     done = subprocess.run([*command, *flags], check=True, capture_output=True, text=True)
-    assert (workdir / "benchmark.png").read_bytes().startswith(b"\x89PNG")
+    assert (workdir / "benchmark.png").exists() == ("benchmark.png" in done.stdout) == figure
+    assert not figure or (workdir / "benchmark.png").read_bytes().startswith(b"\x89PNG")
     return done.stdout, json.loads((workdir / "benchmark.json").read_text())
 
 
@@ -93,9 +94,27 @@ def test_the_command_measures_time_and_accuracy(tmp_path):
     assert report["ceiling"]["float32"]["GB/s"] > 0
 
 
+def test_the_command_measures_calls(tmp_path):
+    _, report = run_benchmark(tmp_path, "sections=('calls',)", "call_layers=2", figure=False)
+    names = [row["what"] for row in report["calls"]]
+    assert len(names) == len(set(names)) == 8 and names[-2:] == [
+        "lowering 2 unrolled layers",
+        "compiling 2 unrolled layers",
+    ]
+    for row in report["calls"]:
+        assert row["ratio"] == pytest.approx(row["ours"] / row["theirs"])  # there is one round
+
+
+def test_what_calls_are_compared_with_computes_the_same():
+    x = jax.random.normal(jax.random.key(1), (2, 16, 64), "bfloat16")
+    params = calls.MLPBlockParams.init(calls.CONFIG, jax.random.key(0))
+    np.testing.assert_allclose(*(np.float32(layer(params, x)) for layer in (calls.ours, calls.plain)), atol=0.05)
+
+
 @pytest.mark.slow
 def test_the_command_with_all_sections(tmp_path):
-    output, report = run_benchmark(tmp_path, "dtypes=('float32',)")
+    output, report = run_benchmark(tmp_path, "dtypes=('float32',)", "call_layers=2")
+    assert len(report["calls"]) == 8
     compilers = memory.compilers()[0]
     assert len(report["time"]) == 4 and len(report["accuracy"]) == 4
     assert len(report["memory"]) == (15 if list(compilers) == ["CPU"] else 18)  # kernels have rows for accelerators
@@ -105,4 +124,4 @@ def test_the_command_with_all_sections(tmp_path):
 def test_an_unknown_section_is_explained():
     command = [sys.executable, str(ROOT / "scripts" / "benchmark.py"), "--config.sections=('speed',)"]
     done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode != 0 and "config.sections must be among time, accuracy, memory." in done.stderr
+    assert done.returncode != 0 and "config.sections must be among time, calls, accuracy, memory." in done.stderr
