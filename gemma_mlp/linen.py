@@ -11,6 +11,7 @@ from gemma_mlp.adopt import NAMES, compute, qwix_rule, refuse_qwix, require_desc
 from gemma_mlp.block import add_branch, rms_norm
 from gemma_mlp.checks import describe, require
 from gemma_mlp.config import MLPConfig
+from gemma_mlp.dtypes import accumulation_dtype
 from gemma_mlp.op.api import mlp, mlp_hidden
 from gemma_mlp.params import BIASES, LeafSpec, MLPParams, RMSNormParams, named_leaves
 
@@ -56,15 +57,19 @@ class RMSNorm(nn.Module):
     def setup(self):
         self.scale = _params(self, RMSNormParams.specs(self.config), self.config)["scale"]
 
-    def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
-        """Normalises the last axis; the result is in `config.dtype`."""
-        return rms_norm(self.scale, x, eps=self.config.norm_eps, dtype=self.config.dtype)
+    def __call__(self, x: Float[Array, "*B D"], *, dtype: Any = None) -> Float[Array, "*B D"]:
+        """Normalises the last axis; the result is in `dtype`, or else in `config.dtype`."""
+        return rms_norm(self.scale, x, eps=self.config.norm_eps, dtype=dtype or self.config.dtype)
 
 
 class MLPBlock(nn.Module):
     """x + post_norm(mlp(pre_norm(x))), as in :func:`gemma_mlp.mlp_block`.
 
-    The block reads the `scale` of its two norms and does not call them.
+    A subclass whose `setup` makes other modules of `pre_norm`, `mlp` or `post_norm` replaces them. They are called: a
+    norm with its input alone, the MLP with its input, and with `deterministic=True` if the block's call was given that.
+    This package's own norms are computed together with the casts around them, by their `scale`. They are called only
+    under `nn.intercept_methods` and where `intermediates` are captured. The projections of :class:`MLP` are parameters
+    and no modules: to replace or adapt one, replace the MLP.
 
     Attributes:
       config: sizes and numerics; `post_norm=False` leaves the second norm out, as in Gemma 1.
@@ -79,13 +84,20 @@ class MLPBlock(nn.Module):
 
     def __call__(self, x: Float[Array, "*B D"], deterministic: bool = False) -> Float[Array, "*B D"]:
         """Applies the block to the residual stream; arguments as for :meth:`MLP.__call__`."""
-        return add_branch(
-            x,
-            lambda x: self.mlp(x, deterministic),
-            pre_scale=self.pre_norm.scale,
-            post_scale=self.post_norm.scale if self.post_norm is not None else None,
-            config=self.config,
+        given = {"deterministic": True} if deterministic else {}
+        watched = self.is_mutable_collection("intermediates") or bool(nn.module._global_interceptor_stack)
+        pre_scale, post_scale = (
+            norm.scale if type(norm) is RMSNorm and not watched else None for norm in (self.pre_norm, self.post_norm)
         )
+
+        def branch(x_BD):
+            y_BD = self.mlp(self.pre_norm(x_BD) if pre_scale is None else x_BD, **given)
+            if self.post_norm is None or post_scale is not None:
+                return y_BD
+            own = {"dtype": accumulation_dtype(y_BD.dtype, x.dtype)} if type(self.post_norm) is RMSNorm else {}
+            return self.post_norm(y_BD, **own)
+
+        return add_branch(x, branch, pre_scale=pre_scale, post_scale=post_scale, config=self.config)
 
 
 def adopt(kind: type[nn.Module], config: MLPConfig) -> Callable:
