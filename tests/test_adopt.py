@@ -5,6 +5,8 @@ same with the real Tunix.
 """
 
 import dataclasses
+import re
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +28,7 @@ pytestmark = pytest.mark.promotes  # Flax's own modules rely on it
 D, F = 16, 256
 CONFIG = MLPConfig(D, F)
 BOUND = 1e-6
+README = Path(gemma_mlp.__file__).parent / "README.md"
 NAMES = ("gate_proj", "up_proj", "down_proj")
 
 
@@ -137,6 +140,30 @@ def test_same_state_same_outputs_same_gradients(kind, save):
     assert names_of(ours) == names_of(theirs)
     assert_close(ours(X), theirs(X))
     assert_close(gradients(ours), gradients(theirs))
+
+
+class Parts:
+    """Holds what a recipe of the README asks for."""
+
+    def __init__(self, **parts):
+        vars(self).update(parts)
+
+
+@pytest.mark.parametrize("name", ["flax", "bonsai", "maxtext"])
+def test_the_readmes_recipes(name):
+    """On the interfaces above; tests/peers_tunix runs that for Tunix."""
+    (recipe,) = re.findall(rf"^```python {name}\n(.*?)^```", README.read_text(), re.DOTALL | re.MULTILINE)
+    assert len(recipe.splitlines()) <= 10
+    kind = {"flax": FlaxExample, "bonsai": Bonsai, "maxtext": MaxText}[name]
+    mlps = [kind(nnx.Rngs(i)) for i in range(2)]
+    expected = [mlp(X) for mlp in mlps]
+    config = Parts(hidden_size=D, intermediate_size=F)
+    model = Parts(config=config, layers=[Parts(mlp=mlp) for mlp in mlps])
+    names = {"model": model, "layer": Parts(mlp_local=mlps[0], mlp_global=mlps[1]), "cfg": Parts(emb_dim=D, mlp_dim=F)}
+    exec(recipe, names | {"gemma_mlp": gemma_mlp})
+    for mlp, y in zip(mlps, expected):
+        assert is_ours(mlp)
+        assert_close(mlp(X), y)
 
 
 def test_layers_of_a_model_have_one_class_and_one_trace():

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import re
 from pathlib import Path
 
 import jax
@@ -181,6 +182,15 @@ def test_int8_by_qwix(order):
         quantised = qwix.quantize_model(make("gemma2"), qwix.PtqProvider(rules), **INPUTS)
         with pytest.raises(ValueError, match="before it is quantised"):
             adopt(quantised)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_readmes_recipe(name):
+    (recipe,) = re.findall(r"^```python tunix\n(.*?)^```", README.read_text(), re.DOTALL | re.MULTILINE)
+    assert len(recipe.splitlines()) <= 10
+    model = make(name)
+    exec(recipe, {"model": model, "gemma_mlp": gemma_mlp})
+    assert relative_error(logits(model), np.asarray(logits(make(name)), np.float64)) <= 1e-6
 
 
 @pytest.mark.parametrize("provider", ["LoRA", "int8"])
