@@ -109,11 +109,14 @@ def add_branch(
     x: Float[Array, "*B D"],
     branch: Callable[[Array], Array],
     *,
-    pre_scale: Float[Array, " D"],
+    pre_scale: Float[Array, " D"] | None,
     post_scale: Float[Array, " D"] | None,
     config: MLPConfig,
 ) -> Float[Array, "*B D"]:
-    """x + post_norm(branch(pre_norm(x))) in float32, rounded once. `branch` gets its input in the compute dtype."""
+    """x + post_norm(branch(pre_norm(x))) in float32, rounded once. `branch` gets its input in the compute dtype.
+
+    There is no norm where its scale is None; without pre_norm, `branch` gets x.
+    """
     x_BD, normed_BD = _before(config, pre_scale, x)
     return _after(config, jax.typeof(x).dtype, post_scale, x_BD, branch(normed_BD))
 
@@ -122,6 +125,8 @@ def add_branch(
 @functools.partial(_recomputed, static_argnums=0)
 def _before(config, pre_scale, x):
     """x in float32, for the sum, and normalised in the compute dtype."""
+    if pre_scale is None:
+        return x.astype(accumulation_dtype(compute_dtype(config.dtype, x=x), x.dtype)), x
     dtype = compute_dtype(config.dtype, x=x, pre_scale=pre_scale)
     x_BD = x.astype(accumulation_dtype(dtype, x.dtype))  # here: its two gradients are added before they are rounded
     return x_BD, rms_norm(pre_scale, x_BD, dtype=dtype, eps=config.norm_eps, scale_plus_one=config.scale_plus_one)

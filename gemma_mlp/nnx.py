@@ -1,12 +1,22 @@
 """The NNX shell: modules that hold and name parameters. The arithmetic is in gemma_mlp.block and gemma_mlp.op."""
 
+from typing import Any
+
+import jax
+import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from gemma_mlp.activations import ACTIVATIONS
+from gemma_mlp.adopt import adopt, qwix_rule, refuse_qwix
 from gemma_mlp.block import add_branch, rms_norm
 from gemma_mlp.config import MLPConfig
+from gemma_mlp.dtypes import accumulation_dtype, compute_dtype
 from gemma_mlp.op.api import mlp, mlp_hidden
-from gemma_mlp.params import MLPParams, RMSNormParams, named_leaves
+from gemma_mlp.params import WEIGHTS, MLPParams, RMSNormParams, named_leaves
+from gemma_mlp.sharding import leaf_rules
+
+__all__ = ["MLP", "MLPBlock", "RMSNorm", "adopt"]
 
 
 class MLP(nnx.Module):
@@ -16,6 +26,9 @@ class MLP(nnx.Module):
     `gate_bias` [F], `up_bias` [F], `down_bias` [D], annotated with the logical axes `embed` and `mlp`. There is RNG
     state only if `config.dropout_rate` is positive. Under `nnx.capture(..., nnx.Intermediate)` the hidden activations
     are sown as `hidden`.
+
+    A projection may be replaced by a module, such as an `nnx.LoRALinear`. The three projections are then called (the
+    bias of this module, if it has one, is added), without the savings of :func:`gemma_mlp.feed_forward`.
 
     Args:
       config: sizes and numerics.
@@ -46,8 +59,11 @@ class MLP(nnx.Module):
           deterministic: True switches dropout off; None: as `train()` and `eval()` set it.
           rngs: draws the dropout mask instead of the module's own stream.
         """
-        params = MLPParams(**{name: getattr(self, name)[...] for name in named_leaves(MLPParams.specs(self.config))})
         key = self._dropout_key(self.deterministic if deterministic is None else deterministic, rngs)
+        if not all(isinstance(getattr(self, name), nnx.Variable) for name in WEIGHTS):
+            return self._by_calls(x, key)
+        refuse_qwix(qwix_rule(self))
+        params = MLPParams(**{name: getattr(self, name)[...] for name in named_leaves(MLPParams.specs(self.config))})
         # `__captures__` is what nnx.capture sets. Outside of it, flax before 0.12.12 turns `sow` into a new attribute.
         if hasattr(self, "__captures__"):
             self.sow(nnx.Intermediate, "hidden", mlp_hidden(params, x, self.config, dropout_key=key))
@@ -57,6 +73,30 @@ class MLP(nnx.Module):
         """Switches dropout off or on; `nnx.view(model, deterministic=...)` calls this."""
         if deterministic is not None:
             self.deterministic = deterministic
+
+    def _by_calls(self, x, key):
+        """The same, by the calls of projections that are modules by now; JAX differentiates them."""
+        config = self.config
+
+        def project(name, x):
+            projection, bias = getattr(self, f"{name}_proj"), getattr(self, f"{name}_bias", None)
+            if isinstance(projection, nnx.Variable):
+                dtype = compute_dtype(config.dtype, x=x, weight=projection[...])
+                y = jnp.matmul(x.astype(dtype), projection[...].astype(dtype))
+            else:
+                y = projection(x)
+            return y if bias is None else y + bias[...].astype(y.dtype)
+
+        gate, up = project("gate", x), project("up", x)
+        wide = accumulation_dtype(gate.dtype, up.dtype)
+        hidden = ACTIVATIONS[config.activation].gated(gate.astype(wide), up.astype(wide))
+        if key is not None:
+            keep = jax.random.bernoulli(key, 1 - config.dropout_rate, hidden.shape)
+            hidden = jnp.where(keep, hidden / (1 - config.dropout_rate), 0)
+        hidden = hidden.astype(gate.dtype)
+        if hasattr(self, "__captures__"):
+            self.sow(nnx.Intermediate, "hidden", hidden)
+        return project("down", hidden)
 
     def _dropout_key(self, deterministic: bool, rngs: nnx.Rngs | nnx.RngStream | None):
         if self.config.dropout_rate == 0 or deterministic:
@@ -75,18 +115,22 @@ class RMSNorm(nnx.Module):
         self.config = config
         _add_params(self, RMSNormParams.specs(config), config, rngs)
 
-    def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
-        """Normalises the last axis; the result is in `config.dtype`."""
+    def __call__(self, x: Float[Array, "*B D"], *, dtype: Any = None) -> Float[Array, "*B D"]:
+        """Normalises the last axis; the result is in `dtype`, or else in `config.dtype`."""
         config = self.config
-        return rms_norm(
-            self.scale[...], x, eps=config.norm_eps, dtype=config.dtype, scale_plus_one=config.scale_plus_one
-        )
+        dtype = dtype or config.dtype
+        return rms_norm(self.scale[...], x, eps=config.norm_eps, dtype=dtype, scale_plus_one=config.scale_plus_one)
+
+
+_OWN_CALL = RMSNorm.__call__  # which a subclass replaces, and `nnx.capture(..., method_outputs=...)` as long as it runs
 
 
 class MLPBlock(nnx.Module):
     """x + post_norm(mlp(pre_norm(x))), as in :func:`gemma_mlp.mlp_block`.
 
-    The block reads the `scale` of its two norms and does not call them.
+    The norms and the MLP may be replaced by other modules, which are called: a norm with its input alone, the MLP with
+    its input and with those of `deterministic` and `rngs` that the block's call was given. This package's own norms are
+    computed together with the casts around them, by their `scale`, and called only if somebody captures their outputs.
 
     Args:
       config: sizes and numerics; `post_norm=False` leaves the second norm out, as in Gemma 1.
@@ -110,17 +154,28 @@ class MLPBlock(nnx.Module):
         # Only what was given is passed on: `self.mlp` may be another module by now, such as `nnx.LoRA` around an MLP.
         options = {"deterministic": deterministic, "rngs": rngs}
         given = {name: option for name, option in options.items() if option is not None}
-        return add_branch(
-            x,
-            lambda x: self.mlp(x, **given),
-            pre_scale=self.pre_norm.scale[...],
-            post_scale=self.post_norm.scale[...] if self.post_norm is not None else None,
-            config=self.config,
-        )
+        pre_scale, post_scale = _own_scale(self.pre_norm), _own_scale(self.post_norm)
+
+        def branch(x_BD):
+            y_BD = self.mlp(self.pre_norm(x_BD) if pre_scale is None else x_BD, **given)
+            if self.post_norm is None or post_scale is not None:
+                return y_BD
+            own = {"dtype": accumulation_dtype(y_BD.dtype, x.dtype)} if type(self.post_norm) is RMSNorm else {}
+            return self.post_norm(y_BD, **own)
+
+        return add_branch(x, branch, pre_scale=pre_scale, post_scale=post_scale, config=self.config)
+
+
+def _own_scale(norm: Any) -> Float[Array, " D"] | None:
+    """The scale of a norm that the block computes itself; None if there is no norm, or it has to be called."""
+    return norm.scale[...] if type(norm).__call__ is _OWN_CALL else None
 
 
 def _add_params(module: nnx.Module, specs: MLPParams | RMSNormParams, config: MLPConfig, rngs: nnx.Rngs) -> None:
     for name, spec in named_leaves(specs).items():
         value = spec.init(rngs.params(), spec.shape, config.param_dtype)
-        # Logical names are not mesh axes, so nothing is sharded here: a model is made with or without a mesh.
-        setattr(module, name, nnx.Param(value, out_sharding=spec.axes, eager_sharding=False))
+        # Nothing is sharded here: a model is made with or without a mesh. The rules tell Flax what the names stand for.
+        names: dict[str, Any] = {"out_sharding": spec.axes, "eager_sharding": False}
+        if config.axis_rules is not None:
+            names["sharding_rules"] = leaf_rules(spec.axes, config.axis_rules)
+        setattr(module, name, nnx.Param(value, **names))

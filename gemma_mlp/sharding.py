@@ -10,8 +10,10 @@ Arrays inside the feed-forward are constrained by `mesh.constrain`, which op/xla
         y = jax.jit(mlp_block, static_argnums=2)(params, x, config)
 
 The mesh may have automatic or explicit axes (`jax.sharding.AxisType`). Pass `config.axis_rules` to these functions: the
-same rules tell XLA how to split the arrays inside the feed-forward. If `nnx.eval_shape` or Linen's `init` runs with a
-mesh in force, Flax needs the rules as well, by `flax.linen.logical_axis_rules(config.axis_rules)`.
+same rules tell XLA how to split the arrays inside the feed-forward, and give Flax's own functions the names of mesh
+axes for NNX modules (`nnx.get_partition_spec`, `nnx.get_named_sharding`, `nnx.eval_shape` under a mesh). Without
+`axis_rules` the modules' names are the logical axes alone, and these functions need
+`flax.linen.logical_axis_rules(rules)` around them, as Linen's `init` does with a mesh in force.
 """
 
 from typing import Any
@@ -29,6 +31,7 @@ from gemma_mlp.mesh import (
     Rules,
     activation_spec,
     checked_rules,
+    mesh_axes,
     partition_spec,
     require_divisible,
 )
@@ -45,15 +48,18 @@ def named_shardings(tree: Any, mesh: Mesh, rules: Rules = RULES) -> Any:
     Args:
       tree: arrays or `jax.ShapeDtypeStruct`s that carry logical axes. This may be the `nnx.State` of a model or of an
         `nnx.Optimizer`, Linen's variables or train state with their boxes, as `init` returns them, or
-        `MLPBlockParams.specs(config)`. Leaves without logical axes are replicated on every device.
+        `MLPBlockParams.specs(config)`. It may hold other people's parameters too, whose names are logical axes of the
+        rules or axes of the mesh. Leaves without names are replicated on every device.
       mesh: the devices.
-      rules: says which mesh axes split each logical axis.
+      rules: says which mesh axes split each logical axis. A name that has no rule stands for the mesh axis of that
+        name.
 
     Raises:
       ValueError: if a mesh axis does not divide the axis that it splits, the mesh lacks an axis that the rules name, a
-        logical axis has no rule, or no leaf of the tree has logical axes.
+        name is neither that of a rule nor that of a mesh axis, or no leaf of the tree has names.
     """
     rules = checked_rules(rules)
+    known = {name for name, _ in rules}
 
     def is_box(leaf):
         return isinstance(leaf, BOXES)
@@ -66,7 +72,10 @@ def named_shardings(tree: Any, mesh: Mesh, rules: Rules = RULES) -> Any:
     )
 
     def sharding(axes, shape):
-        spec = partition_spec(axes, rules)
+        axes = tuple(axes.spec if isinstance(axes, NamedSharding) else axes)
+        theirs = {axis for axis in axes if axis not in known and set(mesh_axes(axis)) <= set(mesh.axis_names)}
+        ours = partition_spec([None if axis in theirs else axis for axis in axes], rules)
+        spec = PartitionSpec(*(axis if axis in theirs else entry for axis, entry in zip(axes, ours)))
         require_divisible("a parameter", shape, spec, mesh, rules)
         return NamedSharding(mesh, spec)
 
@@ -97,6 +106,11 @@ def optimizer_shardings(optimizer: optax.GradientTransformation, params: Any, sh
         shardings,
         transform_non_params=lambda _: NamedSharding(mesh, PartitionSpec()),
     )
+
+
+def leaf_rules(axes: tuple[str, ...], rules: Rules) -> Rules:
+    """`rules` for a leaf with these logical axes, by which no mesh axis splits two of them; Flax does not look."""
+    return (*zip(axes, partition_spec(axes, rules)), *(rule for rule in rules if rule[0] not in axes))
 
 
 def activation_sharding(shape: tuple[int, ...], mesh: Mesh, rules: Rules = RULES) -> NamedSharding:

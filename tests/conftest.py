@@ -21,6 +21,8 @@ SETS = {  # marker or fixture: (what its tests need, the packages of that, how t
         "pip install -e '.[aot]'",
     ),
     "needs_peers": ("PyTorch and transformers", ("torch", "transformers"), "pip install torch -e '.[peers]'"),
+    "needs_onnx": ("jax2onnx and onnxruntime", ("jax2onnx", "onnxruntime"), "see tests/README.md"),
+    "needs_tunix": ("Tunix", ("google-tunix",), "see tests/README.md"),
     "needs_deepmind": ("DeepMind's gemma", ("gemma",), "see tests/README.md"),
     "eight_devices": ("eight devices", (), "a CPU counts as eight, JAX_PLATFORMS=cpu"),
 }

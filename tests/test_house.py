@@ -23,7 +23,7 @@ FLOORS = [
     {"op.vjp", "op.tpu", "layouts"},
     {"op.choose"},
     {"op.api", "checkpoint.addresses", "checkpoint.loading", "checkpoint.safetensors_folder"},
-    {"block", "checkpoint.config_json", "checkpoint.orbax"},
+    {"adopt", "block", "checkpoint.config_json", "checkpoint.orbax"},
     {"nnx", "linen", "checkpoint.huggingface", "testing.stacks"},
     {"checkpoint"},
 ]
@@ -69,6 +69,15 @@ def test_importing_initialises_no_backend_and_says_nothing():
     code = "import gemma_mlp; from jax._src import xla_bridge; assert not xla_bridge.backends_are_initialized()"
     done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_importing_loads_no_pallas_and_no_checkpoint_library():
+    """They take longer to import than the package does, and few programs need them."""
+    code = """
+import gemma_mlp, sys
+print(*{"jax.experimental.pallas", "orbax.checkpoint", "tensorstore"} & set(sys.modules))
+"""
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == ""
 
 
 def test_public_names_are_there():

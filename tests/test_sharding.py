@@ -295,3 +295,68 @@ RENAMED = (("batch", "rows"), *sharding.RULES[1:])
 def test_errors_have_the_numbers(make, message):
     with pytest.raises(ValueError, match=message):
         make(make_mesh(2, 4))
+
+
+OTHERS = (("batch", "x"), ("length", None), ("embed", "x"), ("mlp", "y"), ("layers", None))
+BY_HAND = {"gate_proj": jax.P("x", "y"), "up_proj": jax.P("x", "y"), "down_proj": jax.P("y", "x")}
+
+
+class TestAmongStrangers:
+    """A mesh whose axes are named x and y, and models whose other parts name them."""
+
+    def mesh(self, axis_type=AxisType.Auto):
+        return jax.make_mesh((2, 4), ("x", "y"), (axis_type,) * 2, devices=jax.devices("cpu")[:8])
+
+    @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
+    def test_flax_reads_our_names_if_the_config_has_rules(self, axis_type):
+        mesh, config = self.mesh(axis_type), dataclasses.replace(CONFIG, axis_rules=OTHERS)
+
+        def specs(state):
+            mlp = nnx.to_pure_dict(state)["mlp"]
+            return {name: getattr(leaf, "sharding", leaf).spec for name, leaf in mlp.items()}
+
+        block = gemma_mlp.nnx.MLPBlock(config, rngs=nnx.Rngs(0))
+        assert nnx.to_pure_dict(nnx.get_partition_spec(nnx.state(block)))["mlp"] == BY_HAND
+        assert specs(nnx.get_named_sharding(nnx.state(block), mesh)) == BY_HAND
+        _, abstract = nnx.get_abstract_model(lambda: gemma_mlp.nnx.MLPBlock(config, rngs=nnx.Rngs(0)), mesh)
+        assert specs(abstract) == BY_HAND
+        with jax.set_mesh(mesh):
+            nnx.eval_shape(lambda: gemma_mlp.nnx.MLPBlock(config, rngs=nnx.Rngs(0)))
+            optimizer = nnx.Optimizer(block, optax.adam(1e-3), wrt=nnx.Param)
+            moments = nnx.to_pure_dict(nnx.get_partition_spec(nnx.state(optimizer)))["opt_state"][0]
+        assert moments["mu"]["mlp"] == BY_HAND
+
+    def test_no_mesh_axis_splits_a_leaf_twice_and_stacks_have_their_rule(self):
+        twice = (("batch", "x"), ("length", None), ("embed", "y"), ("mlp", "y"), ("layers", None))
+        config = dataclasses.replace(CONFIG, axis_rules=twice)
+
+        @nnx.split_rngs(splits=2)
+        @nnx.vmap(transform_metadata={nnx.PARTITION_NAME: "layers"})
+        def stack(rngs):
+            return gemma_mlp.nnx.MLPBlock(config, rngs=rngs)
+
+        specs = nnx.to_pure_dict(nnx.get_partition_spec(nnx.state(stack(nnx.Rngs(0)))))
+        assert specs["mlp"]["gate_proj"] == jax.P(None, None, "y")
+        assert specs["pre_norm"]["scale"] == jax.P(None, "y")
+        nnx.get_named_sharding(nnx.state(stack(nnx.Rngs(0))), self.mesh())
+
+    def test_a_whole_model_with_names_of_the_mesh(self):
+        class Model(nnx.Module):
+            def __init__(self, rngs):
+                with_names = {"eager_sharding": False}
+                self.embed = nnx.Param(jnp.zeros((8, EMBED_DIM)), out_sharding=("y", None), **with_names)
+                self.both = nnx.Param(jnp.zeros((8, 8)), out_sharding=jax.P(None, ("x", "y")), **with_names)
+                self.plain = nnx.Param(jnp.zeros(3))
+                self.block = gemma_mlp.nnx.MLPBlock(CONFIG, rngs=rngs)
+
+        mesh, state = self.mesh(), nnx.state(Model(nnx.Rngs(0)))
+        shardings = nnx.to_pure_dict(sharding.named_shardings(state, mesh, OTHERS))
+        assert shardings["embed"].spec == jax.P("y", None)
+        assert shardings["both"].spec == jax.P(None, ("x", "y"))
+        assert shardings["plain"].spec == jax.P()
+        assert {name: leaf.spec for name, leaf in shardings["block"]["mlp"].items()} == BY_HAND
+        jax.device_put(state, sharding.named_shardings(state, mesh, OTHERS))
+        boxed = {"a": nn.Partitioned(jnp.zeros((2, 8)), ("x", None)), "b": in_linen(CONFIG)[2]}
+        assert sharding.named_shardings(boxed, mesh, OTHERS)["a"].value.spec == jax.P("x", None)
+        with pytest.raises(ValueError, match=r"They know batch.*Got: heads"):
+            sharding.named_shardings({"a": nn.Partitioned(jnp.zeros((2, 8)), ("x", "heads"))}, mesh, OTHERS)

@@ -54,9 +54,8 @@ def plain(params, x):
 
 def plain_norm(scale, x):
     wide = x.astype("float32")
-    return (
-        wide * jax.lax.rsqrt(jnp.mean(wide * wide, -1, keepdims=True) + 1e-6) * (1 + scale.astype("float32"))
-    ).astype(x.dtype)
+    normed = wide * jax.lax.rsqrt(jnp.mean(wide * wide, -1, keepdims=True) + 1e-6)
+    return (normed * (1 + scale.astype("float32"))).astype(x.dtype)
 
 
 class FlaxBlock(nnx.Module):

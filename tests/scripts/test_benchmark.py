@@ -107,6 +107,7 @@ def test_the_command_measures_calls(tmp_path):
         assert row["ratio"] == pytest.approx(row["ours"] / row["theirs"])  # there is one round
 
 
+@pytest.mark.promotes  # plain formulas rely on it
 def test_what_calls_are_compared_with_computes_the_same():
     x = jax.random.normal(jax.random.key(1), (2, 16, 64), "bfloat16")
     params = calls.MLPBlockParams.init(calls.CONFIG, jax.random.key(0))
