@@ -59,6 +59,7 @@ def test_a_race_takes_turns_and_gives_medians(monkeypatch):
     assert turns == ["first", "second"] * 3
 
 
+@pytest.mark.slow
 def test_this_machines_compiler_reports_memory_for_every_row():
     sizes = {"tokens": 2048, "layers": 4, "chunk_size": 256}
     rows = list(memory.measure("gemma3_270m", {"CPU": ("cpu", None)}, **sizes))
