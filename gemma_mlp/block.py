@@ -121,6 +121,32 @@ def add_branch(
     return _after(config, jax.typeof(x).dtype, post_scale, x_BD, branch(normed_BD))
 
 
+def add_modules(
+    x: Float[Array, "*B D"],
+    pre_norm: Callable,
+    branch: Callable[[Array], Array],
+    post_norm: Callable | None,
+    *,
+    own_norm: type,
+    scale_of: Callable[[Any], Array | None],
+    config: MLPConfig,
+) -> Float[Array, "*B D"]:
+    """x + post_norm(branch(pre_norm(x))) by a shell's modules.
+
+    A norm of which `scale_of` gives the scale is computed here; any other is called. `own_norm` takes a `dtype`.
+    """
+    pre_scale, post_scale = scale_of(pre_norm), scale_of(post_norm)
+
+    def called(x_BD):
+        y_BD = branch(pre_norm(x_BD) if pre_scale is None else x_BD)
+        if post_norm is None or post_scale is not None:
+            return y_BD
+        own = {"dtype": accumulation_dtype(y_BD.dtype, x.dtype)} if type(post_norm) is own_norm else {}
+        return post_norm(y_BD, **own)
+
+    return add_branch(x, called, pre_scale=pre_scale, post_scale=post_scale, config=config)
+
+
 @functools.partial(jax.jit, static_argnums=0)
 @functools.partial(_recomputed, static_argnums=0)
 def _before(config, pre_scale, x):

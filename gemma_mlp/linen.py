@@ -8,10 +8,9 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from gemma_mlp.adopt import NAMES, compute, qwix_rule, refuse_qwix, require_described
-from gemma_mlp.block import add_branch, rms_norm
+from gemma_mlp.block import add_modules, rms_norm
 from gemma_mlp.checks import describe, require
 from gemma_mlp.config import MLPConfig
-from gemma_mlp.dtypes import accumulation_dtype
 from gemma_mlp.op.api import mlp, mlp_hidden
 from gemma_mlp.params import BIASES, LeafSpec, MLPParams, RMSNormParams, named_leaves
 
@@ -88,18 +87,15 @@ class MLPBlock(nn.Module):
         """Applies the block to the residual stream; arguments as for :meth:`MLP.__call__`."""
         given = {"deterministic": True} if deterministic else {}
         watched = self.is_mutable_collection("intermediates") or bool(nn.module._global_interceptor_stack)
-        pre_scale, post_scale = (
-            norm.scale if type(norm) is RMSNorm and not watched else None for norm in (self.pre_norm, self.post_norm)
+        return add_modules(
+            x,
+            self.pre_norm,
+            lambda x: self.mlp(x, **given),
+            self.post_norm,
+            own_norm=RMSNorm,
+            scale_of=lambda norm: norm.scale if type(norm) is RMSNorm and not watched else None,
+            config=self.config,
         )
-
-        def branch(x_BD):
-            y_BD = self.mlp(self.pre_norm(x_BD) if pre_scale is None else x_BD, **given)
-            if self.post_norm is None or post_scale is not None:
-                return y_BD
-            own = {"dtype": accumulation_dtype(y_BD.dtype, x.dtype)} if type(self.post_norm) is RMSNorm else {}
-            return self.post_norm(y_BD, **own)
-
-        return add_branch(x, branch, pre_scale=pre_scale, post_scale=post_scale, config=self.config)
 
 
 def adopt(kind: type[nn.Module], config: MLPConfig) -> Callable:

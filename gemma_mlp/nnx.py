@@ -9,7 +9,7 @@ from jaxtyping import Array, Float
 
 from gemma_mlp.activations import ACTIVATIONS
 from gemma_mlp.adopt import adopt, qwix_rule, refuse_qwix
-from gemma_mlp.block import add_branch, rms_norm
+from gemma_mlp.block import add_modules, rms_norm
 from gemma_mlp.config import MLPConfig
 from gemma_mlp.dtypes import accumulation_dtype, compute_dtype
 from gemma_mlp.op.api import mlp, mlp_hidden
@@ -154,16 +154,15 @@ class MLPBlock(nnx.Module):
         # Only what was given is passed on: `self.mlp` may be another module by now, such as `nnx.LoRA` around an MLP.
         options = {"deterministic": deterministic, "rngs": rngs}
         given = {name: option for name, option in options.items() if option is not None}
-        pre_scale, post_scale = _own_scale(self.pre_norm), _own_scale(self.post_norm)
-
-        def branch(x_BD):
-            y_BD = self.mlp(self.pre_norm(x_BD) if pre_scale is None else x_BD, **given)
-            if self.post_norm is None or post_scale is not None:
-                return y_BD
-            own = {"dtype": accumulation_dtype(y_BD.dtype, x.dtype)} if type(self.post_norm) is RMSNorm else {}
-            return self.post_norm(y_BD, **own)
-
-        return add_branch(x, branch, pre_scale=pre_scale, post_scale=post_scale, config=self.config)
+        return add_modules(
+            x,
+            self.pre_norm,
+            lambda x: self.mlp(x, **given),
+            self.post_norm,
+            own_norm=RMSNorm,
+            scale_of=_own_scale,
+            config=self.config,
+        )
 
 
 def _own_scale(norm: Any) -> Float[Array, " D"] | None:
