@@ -12,6 +12,7 @@ from typing import Any, ParamSpec, TypeVar
 
 import chex
 import jax
+import jax.numpy as jnp
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -116,8 +117,11 @@ def check_values(function: Callable[P, R]) -> Callable[P, R]:
 
 
 def ensure_finite(name: str, tree: T) -> T:
-    """Returns `tree`. Inside :func:`check_values` it also asserts that `tree` and its gradient are finite."""
-    return _ensure_finite(name, tree) if _values_are_checked.value else tree
+    """Returns `tree`. Inside :func:`check_values` it also asserts that its floats and their gradients are finite."""
+    if not _values_are_checked.value:
+        return tree
+    # Each array alone, so that a gradient is asked for only where there was one before.
+    return jax.tree.map(lambda a: _ensure_finite(name, a) if jnp.issubdtype(a.dtype, jnp.floating) else a, tree)
 
 
 # The backward pass asserts once more, inside a jit whose result is used: JAX drops the forward pass's assertion when it

@@ -12,6 +12,52 @@ from gemma_mlp.mesh import Rules, checked_rules
 
 Save = Literal["input", "gate_up", "autodiff"]
 Implementation = Literal["xla", "pallas"]
+PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
+
+
+@dataclasses.dataclass(frozen=True)
+class LoRA:
+    """Low-rank adapters (arXiv:2106.09685): W + factor * lora_a [in, rank] @ lora_b [rank, out].
+
+    Attributes:
+      rank: the width of the two matrices.
+      alpha: factor = alpha / rank. None: the rank, so that the factor is 1.
+      use_rslora: factor = alpha / sqrt(rank) instead (rsLoRA, arXiv:2312.03732).
+      projections: which weights get an adapter.
+
+    Raises:
+      ValueError: at construction, for any other value.
+    """
+
+    rank: int
+    alpha: float | None = None
+    use_rslora: bool = False
+    projections: tuple[str, ...] = PROJECTIONS
+
+    def __post_init__(self):
+        object.__setattr__(self, "rank", positive_int("rank", self.rank))
+        valid = self.alpha is None or _is_real(self.alpha)
+        require(valid, "alpha must be a finite number or None.", repr(self.alpha), "the factor is alpha / rank.")
+        require(
+            isinstance(self.use_rslora, bool),
+            "use_rslora must be True or False.",
+            repr(self.use_rslora),
+            "pass a bool.",
+        )
+        names = (self.projections,) if isinstance(self.projections, str) else tuple(self.projections)
+        require(
+            bool(names) and len(set(names)) == len(names) and set(names) <= set(PROJECTIONS),
+            f"projections must be some of {', '.join(PROJECTIONS)}, each once.",
+            repr(self.projections),
+            "name at least one.",
+        )
+        object.__setattr__(self, "projections", names)
+
+    @property
+    def factor(self) -> float:
+        """What lora_a @ lora_b is multiplied by."""
+        alpha = self.rank if self.alpha is None else self.alpha
+        return alpha / (math.sqrt(self.rank) if self.use_rslora else self.rank)
 
 
 @dataclasses.dataclass(frozen=True)

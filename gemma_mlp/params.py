@@ -9,6 +9,7 @@ from jax import export
 from jaxtyping import Array, Float, Key
 
 from gemma_mlp.config import MLPConfig
+from gemma_mlp.weights import axes_of
 
 # Every leaf and its axes: D is embed_dim, F is hidden_dim. Weights are stored (in, out).
 LEAVES = {
@@ -25,7 +26,6 @@ WEIGHTS = tuple(name for name, axes in LEAVES.items() if len(axes) == 2)
 NORMS = tuple(name for name in LEAVES if name.endswith("_norm"))
 BIASES = tuple(name for name in LEAVES if name.endswith("_bias"))
 LOGICAL_NAMES = {"D": "embed", "F": "mlp"}  # of the axes, in the words of T5X and MaxText
-HIDDEN_AXIS = {name: axes.index("F") for name, axes in LEAVES.items() if "F" in axes}
 
 
 class LeafSpec(NamedTuple):
@@ -55,6 +55,12 @@ def leaf_spec(name: str, config: MLPConfig, layers: int | None = None) -> LeafSp
 def named_leaves(params: Any) -> dict[str, Any]:
     """The leaves of an `MLPParams` or an `RMSNormParams` by name, without those that are None."""
     return {name: leaf for name, leaf in vars(params).items() if leaf is not None}
+
+
+def axes_of_leaves(params: "MLPParams") -> "MLPParams":
+    """A tree like `params` with the letters of each array's axes."""
+    axes = {name: axes_of(leaf, LEAVES[name]) for name, leaf in named_leaves(params).items()}
+    return MLPParams(**axes)  # pyright: ignore[reportArgumentType]
 
 
 class _Params:

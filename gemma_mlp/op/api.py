@@ -17,7 +17,8 @@ from gemma_mlp.mesh import Rules, automatic_rules, mesh_axes, placed_automatical
 from gemma_mlp.op import vjp
 from gemma_mlp.op.backend import XLA, Op
 from gemma_mlp.op.choose import choose_backend
-from gemma_mlp.params import LEAVES, MLPParams, named_leaves
+from gemma_mlp.params import LEAVES, WEIGHTS, MLPParams, named_leaves
+from gemma_mlp.weights import LORA, LoRAWeight, known_weight, require_sound
 
 
 def feed_forward(
@@ -145,7 +146,7 @@ def _mlp(config, params, x, dropout_key):
         repr(config.save),
         "change save, or use implementation='xla'.",
     )
-    params, x = ensure_finite("params", params), ensure_finite("x", x)
+    params, x = ensure_finite("params", vjp.frozen(params)), ensure_finite("x", x)
     run = placed_automatically(functools.partial(vjp.run, op), lambda params, x, key: spec_of(x))
     return ensure_finite("y", run(*vary_alike((params, x, dropout_key))))
 
@@ -154,12 +155,12 @@ def _mlp(config, params, x, dropout_key):
 def _mlp_hidden(config, params, x, dropout_key):
     op = _checked_op(params, x, config, dropout_key)
     run = placed_automatically(functools.partial(vjp.run_hidden, op), _hidden_spec)
-    return run(*vary_alike((params, x, dropout_key)))
+    return run(*vary_alike((vjp.frozen(params), x, dropout_key)))
 
 
 def _hidden_spec(params, x, dropout_key) -> PartitionSpec:
     """Leading axes are sharded like x, the last like F in the weights. If both use the same mesh axis, F gets it."""
-    hidden_axes = mesh_axes(spec_of(params.gate_proj)[1])
+    hidden_axes = mesh_axes(spec_of(jax.tree.leaves(params.gate_proj)[0])[1])
     lead = (tuple(a for a in mesh_axes(axes) if a not in hidden_axes) for axes in spec_of(x)[:-1])
     return PartitionSpec(*lead, hidden_axes)
 
@@ -183,14 +184,19 @@ def _require_key(config, dropout_key) -> None:
 def _require_mlp_params(params: Any) -> MLPParams:
     fix = "MLPParams(**tree) takes the leaves of a module's parameter tree."
     require(isinstance(params, MLPParams), "params must be an MLPParams.", describe(params), fix)
-    return params
+    return dataclasses.replace(params, **{name: known_weight(getattr(params, name)) for name in WEIGHTS})
 
 
 def _checked_op(params, x, config, dropout_key) -> Op:
     config = dataclasses.replace(config, axis_rules=automatic_rules(config.axis_rules))
-    arrays = named_leaves(params)
-    dtype = compute_dtype(config.dtype, x=x, **arrays)
-    _check_shapes(arrays, x)
+    leaves = named_leaves(params)
+    for name, leaf in leaves.items():
+        require_sound(name, leaf)
+    adapters = {
+        f"{n} {part}": getattr(w, part) for n, w in leaves.items() if isinstance(w, LoRAWeight) for part in LORA
+    }
+    dtype = compute_dtype(config.dtype, x=x, **leaves, **adapters)
+    _check_shapes(leaves, x)
     require(
         config.chunk_size is None or x.ndim < 2 or isinstance(x.shape[-2], int),
         "chunk_size needs to know the length of x (its second last axis) when the program is traced.",

@@ -9,19 +9,23 @@
 README.md in this folder has the table of what runs when.
 """
 
+import dataclasses
 import functools
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
+from jax.custom_derivatives import SymbolicZero, custom_vjp_primal_tree_values
 from jaxtyping import Array, Float, Key
 
+from gemma_mlp.checks import require
 from gemma_mlp.mesh import count_shards, token_axis, vary_alike
 from gemma_mlp.op import cpu, xla
 from gemma_mlp.op.backend import XLA, Op
 from gemma_mlp.op.slices import SlicedAxis, ceil_div, in_slices
 from gemma_mlp.params import MLPParams
+from gemma_mlp.weights import QuantizedWeight
 
 
 def run(op: Op, params: MLPParams, x: Float[Array, "*B D"], dropout_key: Key[Array, ""] | None) -> Float[Array, "*B D"]:
@@ -38,6 +42,33 @@ def run_hidden(
     if op.backend.hidden is not None:
         return _hidden_by_kernel(op, params, x)
     return _by_platform(op, xla.hidden, params, x, xla.dropout_mask(op, params, x, dropout_key))[0]
+
+
+def frozen(params: MLPParams) -> MLPParams:
+    """`params`, of which the quantised weights refuse to be differentiated."""
+
+    def is_quantized(node):
+        return isinstance(node, QuantizedWeight)
+
+    return jax.tree.map(lambda w: _frozen(w) if is_quantized(w) else w, params, is_leaf=is_quantized)
+
+
+@jax.custom_vjp
+def _frozen(weight):
+    return weight
+
+
+def _refuse_gradient(weight):
+    require(
+        not any(primal.perturbed for primal in jax.tree.leaves(weight)),
+        "Quantised weights are frozen: they have no gradient.",
+        "a derivative with respect to a quantised weight or its scales",
+        "differentiate with respect to x, norms and adapters (add_lora) alone, or call dequantize.",
+    )
+    return custom_vjp_primal_tree_values(weight), None
+
+
+_frozen.defvjp(_refuse_gradient, lambda _, cotangent: (None,), symbolic_zeros=True)
 
 
 def _directly(op, function, *args):
@@ -60,22 +91,48 @@ def _feed_forward(op, params, x, dropout_key):
     return _by_platform(op, _forward, params, x, dropout_key)[0]
 
 
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["params", "x", "dropout_key", "saved"],
+    meta_fields=["wanted"],
+)
+@dataclasses.dataclass(frozen=True)
+class _Residuals:
+    params: MLPParams
+    x: Array
+    dropout_key: Array | None
+    saved: list[Array]  # gate and up, or nothing
+    wanted: MLPParams  # True for each array of `params` whose gradient is asked for
+
+
 def _save_for_backward(op, params, x, dropout_key):
+    wanted = jax.tree.map(lambda primal: primal.perturbed, params)
+    params, x, dropout_key = custom_vjp_primal_tree_values((params, x, dropout_key))
     save_gate_up = op.config.save == "gate_up"  # else `input`, which saves nothing more
     y_BD, *saved = _forward(op, params, x, dropout_key, call=_by_platform, save_gate_up=save_gate_up)
-    return y_BD, (params, x, dropout_key, [checkpoint_name(a, n) for a, n in zip(saved, ("mlp_gate", "mlp_up"))])
+    saved = [checkpoint_name(a, name) for a, name in zip(saved, ("mlp_gate", "mlp_up"))]
+    return y_BD, _Residuals(params, x, dropout_key, saved, wanted)
 
 
 def _backward(op, residuals, dy_BD):
-    params, x, dropout_key, saved = residuals
+    params, x, saved, wanted = residuals.params, residuals.x, residuals.saved, residuals.wanted
+    if isinstance(dy_BD, SymbolicZero):
+        dy_BD = jnp.zeros(dy_BD.aval.shape, dy_BD.aval.dtype)
+    if not all(jax.tree.leaves(wanted)):  # these kernels compute the gradients of all weights
+        op = op._replace(backend=op.backend._replace(backward=None, weight_backward=None))
     if op.backend.backward is not None and not saved:
         dparams, dx_BD = op.backend.backward(op, params, x.astype(op.dtype), dy_BD.astype(op.dtype))
         return dparams, dx_BD.astype(x.dtype), None
-    mask_BF = xla.dropout_mask(op, params, x, dropout_key)
-    return *_by_platform(op, xla.gradients, params, x, mask_BF, saved, dy_BD), None
+    mask_BF = xla.dropout_mask(op, params, x, residuals.dropout_key)
+    gradients = functools.partial(_gradients, wanted)
+    return *_by_platform(op, gradients, params, x, mask_BF, saved, dy_BD), None
 
 
-_feed_forward.defvjp(_save_for_backward, _backward)
+def _gradients(wanted, op, params, *arrays):
+    return xla.gradients(op, params, wanted, *arrays)
+
+
+_feed_forward.defvjp(_save_for_backward, _backward, symbolic_zeros=True)
 
 
 def _forward(op, params, x_BD, dropout_key, *, call=_directly, save_gate_up=False):

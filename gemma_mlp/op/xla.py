@@ -9,6 +9,8 @@ holds the compilers to both.
 the forward pass are in vjp.py. With `save="input"` the backward pass recomputes gate and up in `_hidden_gradients`.
 """
 
+import dataclasses
+import functools
 import math
 
 import jax
@@ -18,12 +20,13 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array
 
 from gemma_mlp.activations import ACTIVATIONS
-from gemma_mlp.dtypes import accumulation_dtype, widest
+from gemma_mlp.dtypes import accumulation_dtype
 from gemma_mlp.mesh import constrain, count_shards, target_device, vary_alike
-from gemma_mlp.op import cpu
 from gemma_mlp.op.backend import Op
+from gemma_mlp.op.matmuls import matmul, project, weight_gradient
 from gemma_mlp.op.slices import LANES, SlicedAxis, ceil_div, in_slices, round_up
-from gemma_mlp.params import HIDDEN_AXIS, MLPParams
+from gemma_mlp.params import MLPParams, axes_of_leaves
+from gemma_mlp.weights import QuantizedWeight, scales_per_channel
 
 V5P = {"TPU v5", "TPU v5p"}  # the device kinds that JAX knows a v5p by
 
@@ -34,8 +37,8 @@ def hidden(
     """(h,), or (h, gate, up) if gate and up are saved, in the compute dtype. By XLA, or by the backend's kernel."""
     if op.backend.hidden is not None:
         return op.backend.hidden(op, params, x_BD.astype(op.dtype), save_gate_up)
-    gate_BF = _project(op, op.between, x_BD, params.gate_proj, params.gate_bias)
-    up_BF = _project(op, op.between, x_BD, params.up_proj, params.up_bias)
+    gate_BF = project(op, op.between, x_BD, params.gate_proj, params.gate_bias)
+    up_BF = project(op, op.between, x_BD, params.up_proj, params.up_bias)
     if op.config.save == "autodiff":  # JAX saves them; for `gate_up` they are tagged in vjp.py
         gate_BF, up_BF = checkpoint_name(gate_BF, "mlp_gate"), checkpoint_name(up_BF, "mlp_up")
     h_BF = ACTIVATIONS[op.config.activation].gated(gate_BF.astype(op.wide), up_BF.astype(op.wide))
@@ -47,7 +50,7 @@ def hidden(
 
 def down(op: Op, params: MLPParams, h_BF: Array) -> Array:
     """y = h W_down + b_down, in the compute dtype."""
-    return residual_stream(op, _project(op, op.between, h_BF, params.down_proj, params.down_bias).astype(op.dtype))
+    return residual_stream(op, project(op, op.between, h_BF, params.down_proj, params.down_bias).astype(op.dtype))
 
 
 def dropout_mask(op: Op, params: MLPParams, x_BD: Array, dropout_key: Array | None) -> Array | None:
@@ -58,50 +61,71 @@ def dropout_mask(op: Op, params: MLPParams, x_BD: Array, dropout_key: Array | No
     return over_hidden(op, jax.random.bernoulli(dropout_key, 1 - op.dropout_rate, shape))
 
 
-def gradients(op: Op, params: MLPParams, x_BD: Array, mask_BF: Array | None, saved: list[Array], dy_BD: Array):
-    """The gradients of the parameters, in their dtypes, and of x, in its own. `saved`: gate and up, or nothing."""
+def gradients(
+    op: Op, params: MLPParams, wanted: MLPParams, x_BD: Array, mask_BF: Array | None, saved: list[Array], dy_BD: Array
+) -> tuple[MLPParams, Array]:
+    """The gradients of the parameters, in their dtypes, and of x, in its own. `saved`: gate and up, or nothing.
+
+    `wanted` is a tree like `params` of True and False. The gradient of an array that is not wanted is None.
+    """
+    hidden_dim = params.gate_proj.shape[1]
     shards = count_shards("mlp", op.config.axis_rules)
-    shard_F = params.gate_proj.shape[1] // shards
-    slice_F = _slice_size(op, x_BD, shard_F, saved)
+    shard_F = hidden_dim // shards
+    slice_F = _slice_size(op, params, x_BD, shard_F, saved)
+    down_bias = _bias_gradient(wanted.down_bias, dy_BD, params.down_bias)
+    if down_bias is not None:
+        wanted = dataclasses.replace(wanted, down_bias=False)
     if slice_F >= shard_F:
-        dparams, dx_BD = _gradients_of_slice(op, params, x_BD, mask_BF, saved, dy_BD)
+        dparams, dx_BD = _gradients_of_slice(op, params, wanted, x_BD, mask_BF, saved, dy_BD)
     else:
-        axes = {name: SlicedAxis(axis, shards) for name, axis in HIDDEN_AXIS.items()}
-        sliced = {name: getattr(params, name) for name in axes}
-        last = SlicedAxis(-1, shards)
+        axes, last = axes_of_leaves(params), SlicedAxis(-1, shards)
+
+        def take(array, axes, start, size):
+            if "F" not in axes:
+                return array
+            share = hidden_dim // array.shape[axes.index("F")]  # a scale is for so many along F; else 1
+            return SlicedAxis(axes.index("F"), shards).take(array, start // share, size // share)
+
+        def add(start, array, axes, total, part):
+            if total is None:
+                return None
+            return SlicedAxis(axes.index("F"), shards).put(total, part, start) if "F" in axes else total + part
 
         def add_slice(start, size, sums):
-            part = MLPParams(**{name: axes[name].take(a, start, size) for name, a in sliced.items()})
+            part = jax.tree.map(lambda a, axes: take(a, axes, start, size), params, axes)
             mask_part_BF, *saved_part = (last.take(a, start, size) for a in (mask_BF, *saved))
-            dpart, dx_part_BD = _gradients_of_slice(op, part, x_BD, mask_part_BF, saved_part, dy_BD)
+            dpart, dx_part_BD = _gradients_of_slice(op, part, wanted, x_BD, mask_part_BF, saved_part, dy_BD)
             dparams, dx_BD = sums
-            dparams = {name: axes[name].put(a, dpart[name], start) for name, a in dparams.items()}
-            return dparams, dx_BD + dx_part_BD
+            return jax.tree.map(functools.partial(add, start), params, axes, dparams, dpart), dx_BD + dx_part_BD
 
-        zeros = jax.tree.map(jnp.zeros_like, sliced), jnp.zeros(x_BD.shape, op.wide)
-        dparams, dx_BD = in_slices(shard_F, slice_F, add_slice, vary_alike((zeros, x_BD))[0])
+        def zeros(array, axes, wanted):
+            return jnp.zeros(array.shape, array.dtype if "F" in axes else op.wide) if wanted else None
+
+        sums = jax.tree.map(zeros, params, axes, wanted), jnp.zeros(x_BD.shape, op.wide)
+        dparams, dx_BD = in_slices(shard_F, slice_F, add_slice, vary_alike((sums, x_BD))[0])
     dx_BD = dx_BD.astype(x_BD.dtype)
     if op.backend.weight_backward is not None:
         # Without the barrier XLA may carry dx in VMEM through a loop over layers and then copy it to HBM.
         dx_BD = lax.optimization_barrier(dx_BD)
-    return MLPParams(**dparams, down_bias=_bias_gradient(dy_BD, params.down_bias)), dx_BD
+    dparams = dataclasses.replace(dparams, down_bias=down_bias)
+    return jax.tree.map(lambda a, d: None if d is None else d.astype(a.dtype), params, dparams), dx_BD
 
 
-def _gradients_of_slice(op, params, x_BD, mask_BF, saved, dy_BD):
-    """The gradients of the parameters that have an axis F, by name, and this slice's share of x's, not yet rounded."""
+def _gradients_of_slice(op, params, wanted, x_BD, mask_BF, saved, dy_BD):
+    """This slice's gradients of the parameters, but for down_bias, and its share of x's, not yet rounded."""
     if saved and op.backend.weight_backward is not None:
         dgate_BF, dup_BF, ddown_FD = op.backend.weight_backward(op, params, dy_BD.astype(op.dtype), *saved)
     else:
         h_BF, dgate_BF, dup_BF = _hidden_gradients(op, params, x_BD, mask_BF, saved, dy_BD)
-        ddown_FD = outer(op, h_BF, dy_BD, params.down_proj.dtype)
+        ddown_FD = weight_gradient(op, params.down_proj, wanted.down_proj, h_BF, dy_BD)
     x_BD = _behind_barrier_on_v5p(op, x_BD)
-    dparams = {
-        "gate_proj": outer(op, x_BD, dgate_BF, params.gate_proj.dtype),
-        "up_proj": outer(op, x_BD, dup_BF, params.up_proj.dtype),
-        "down_proj": ddown_FD,
-        "gate_bias": _bias_gradient(dgate_BF, params.gate_bias),
-        "up_bias": _bias_gradient(dup_BF, params.up_bias),
-    }
+    dparams = MLPParams(
+        gate_proj=weight_gradient(op, params.gate_proj, wanted.gate_proj, x_BD, dgate_BF),
+        up_proj=weight_gradient(op, params.up_proj, wanted.up_proj, x_BD, dup_BF),
+        down_proj=ddown_FD,
+        gate_bias=_bias_gradient(wanted.gate_bias, dgate_BF, params.gate_bias),
+        up_bias=_bias_gradient(wanted.up_bias, dup_BF, params.up_bias),
+    )
     dx_BD = matmul(op, op.wide, dgate_BF, params.gate_proj, transpose=True)
     return dparams, residual_stream(op, dx_BD + matmul(op, op.wide, dup_BF, params.up_proj, transpose=True))
 
@@ -121,8 +145,8 @@ def _hidden_gradients(op, params, x_BD, mask_BF, saved, dy_BD):
         gate_BF, up_BF = (a * one for a in saved)
     else:
         again_BD = _whole_length(op, x_BD.astype(op.dtype) * one)
-        gate_BF = _project(op, between, again_BD, params.gate_proj, params.gate_bias)
-        up_BF = _project(op, between, again_BD, params.up_proj, params.up_bias)
+        gate_BF = project(op, between, again_BD, params.gate_proj, params.gate_bias)
+        up_BF = project(op, between, again_BD, params.up_proj, params.up_bias)
     gate_BF, up_BF, dh_BF = (a.astype(op.wide) for a in (gate_BF, up_BF, dh_BF))
     activation = ACTIVATIONS[op.config.activation]
     h_BF = _dropped(op, activation.gated(gate_BF, up_BF), mask_BF)
@@ -136,15 +160,17 @@ def _dropped(op, array_BF, mask_BF):
     return array_BF if mask_BF is None else jnp.where(mask_BF, array_BF / (1 - op.dropout_rate), 0)
 
 
-def _slice_size(op, x_BD, shard_F, saved):
-    """How much of each shard of F one slice of the backward pass takes, in multiples of LANES. There are as many slices
-    as chunks of tokens, or `backend.float32_slices` if that is more."""
+def _slice_size(op, params, x_BD, shard_F, saved):
+    """How much of each shard of F one slice of the backward pass takes: a multiple of LANES, and of the groups that
+    share a scale. There are as many slices as chunks of tokens, or `backend.float32_slices` if that is more."""
     if saved and op.backend.weight_backward is not None:
         return shard_F
     size = op.config.chunk_size
     chunks = 1 if size is None or x_BD.ndim < 2 else ceil_div(x_BD.shape[-2], size)
     least = 1 if saved else op.backend.float32_slices or 1
-    return round_up(ceil_div(shard_F, max(chunks, least)), LANES)
+    base = getattr(params.down_proj, "base", params.down_proj)
+    group = base.group_size if isinstance(base, QuantizedWeight) and not scales_per_channel(base) else 1
+    return round_up(ceil_div(shard_F, max(chunks, least)), math.lcm(LANES, group))
 
 
 def _behind_barrier_on_v5p(op, x_BD):
@@ -171,49 +197,9 @@ def _whole_length(op, array_BD):
     return constrain(array_BD, None, rules and tuple((n, None if n == "length" else axes) for n, axes in rules))
 
 
-def _project(op, result, x, weight, bias):
-    """x @ weight + bias, in the dtype `result`."""
-    if bias is None:
-        return matmul(op, result, x, weight)
-    y = matmul(op, op.wide, x, weight)
-    return (y + jnp.broadcast_to(bias.astype(op.wide), y.shape)).astype(result)
-
-
-def matmul(op: Op, result, a: Array, weight: Array, transpose: bool = False) -> Array:
-    """a @ weight, or a @ weight.T, over the last axis of a, in the dtype `result`."""
-
-    def multiply(a, weight):
-        return _dot(op, result, a, weight, (a.ndim - 1,), (1 if transpose else 0,))
-
-    if op.on_cpu is False or op.dtype != jnp.bfloat16 or math.prod(a.shape[:-1]) != 1:
-        return multiply(a, weight)
-
-    def padded(a, weight):
-        return cpu.matmul_of_one_row(a, weight, multiply)
-
-    return padded(a, weight) if op.on_cpu else lax.platform_dependent(a, weight, cpu=padded, default=multiply)
-
-
-def outer(op: Op, a: Array, b: Array, result) -> Array:
-    """a.T @ b, summed over all leading axes, in the dtype `result`."""
-    # Not with axis_rules: blocks of rows of D would cut across shards.
-    if op.on_cpu and op.config.axis_rules is None and op.dtype == jnp.bfloat16 and math.prod(a.shape[:-1]) != 1:
-        a, b = (array.reshape(-1, array.shape[-1]).astype(op.dtype) for array in (a, b))
-        return cpu.outer_in_blocks(a, b, result, lambda a, b: _dot(op, jnp.float32, a, b, (1,), (0,)))
-    tokens = tuple(range(a.ndim - 1))
-    # Asked for a result in bfloat16, a CPU may accumulate in bfloat16 too, so it is asked for float32.
-    sums = widest(op.wide if op.on_cpu else op.dtype, result)
-    return _dot(op, sums, a, b, tokens, tokens).astype(result)
-
-
-def _dot(op, result, a, b, a_axes, b_axes):
-    dimensions = ((a_axes, b_axes), ((), ()))
-    return lax.dot_general(a.astype(op.dtype), b.astype(op.dtype), dimensions, preferred_element_type=result)
-
-
-def _bias_gradient(d, bias):
+def _bias_gradient(wanted, d, bias):
     """The sum over all leading axes, in the bias's dtype."""
-    if bias is None:
+    if not wanted:
         return None
     wide = accumulation_dtype(d.dtype)
     return jnp.sum(d.astype(wide), axis=tuple(range(d.ndim - 1))).astype(bias.dtype)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from gemma_mlp import MLPConfig, MLPParams, feed_forward
-from gemma_mlp.op import xla
+from gemma_mlp.op import matmuls
 from gemma_mlp.op.backend import Op
 from gemma_mlp.testing.oracle import relative_error
 from tests.support import samples
@@ -38,7 +38,7 @@ ON_CPU = (False, True, None)  # None: known only once it is lowered
 )
 def test_multiply(tokens, transpose, on_cpu, result):
     (a, a_bf16), (weight, weight_bf16) = case(*tokens, 24), case(*((8, 24) if transpose else (24, 8)), seed=1)
-    matmul = functools.partial(xla.matmul, op(on_cpu), result, transpose=transpose)
+    matmul = functools.partial(matmuls.matmul, op(on_cpu), result, transpose=transpose)
     got = jax.jit(matmul)(a_bf16, weight_bf16)
     assert got.shape == (*tokens, 8) and got.dtype == result
     assert relative_error(got, a @ (weight.T if transpose else weight)) <= BOUNDS[result]
@@ -54,7 +54,7 @@ ROWS = (3, 8, 60)  # fewer rows than blocks, as many rows as blocks, blocks of w
 )
 def test_outer(tokens, rows, on_cpu, result):
     (a, a_bf16), (b, b_bf16) = case(*tokens, rows), case(*tokens, 16, seed=1)
-    got = jax.jit(functools.partial(xla.outer, op(on_cpu), result=result))(a_bf16, b_bf16)
+    got = jax.jit(functools.partial(matmuls.outer, op(on_cpu), result=result))(a_bf16, b_bf16)
     assert got.shape == (rows, 16) and got.dtype == result
     assert relative_error(got, a.reshape(-1, rows).T @ b.reshape(-1, 16)) <= BOUNDS[result]
 
@@ -64,7 +64,7 @@ def test_outer(tokens, rows, on_cpu, result):
 def test_outer_inside_a_transformation(transform, result):
     """XLA's CPU backend compiles some matmuls that it then cannot run, when an operand comes out of a loop."""
     (a, a_bf16), (b, b_bf16) = case(3, 256, 60), case(3, 256, 16, seed=1)
-    outer = functools.partial(xla.outer, op(on_cpu=True), result=result)
+    outer = functools.partial(matmuls.outer, op(on_cpu=True), result=result)
     function = {
         "vmap": jax.vmap(outer),
         "scan": lambda a, b: jax.lax.scan(lambda carry, ab: (carry, outer(*ab)), None, (a, b))[1],
