@@ -25,7 +25,7 @@ FLOORS = [
     {"op.vjp", "op.tpu", "layouts"},
     {"op.choose"},
     {"op.api", "checkpoint.addresses", "checkpoint.loading", "checkpoint.safetensors_folder"},
-    {"adopt", "block", "checkpoint.config_json", "checkpoint.orbax"},
+    {"nnx_weights", "adopt", "block", "checkpoint.config_json", "checkpoint.orbax"},
     {"nnx", "linen", "checkpoint.huggingface", "testing.stacks"},
     {"checkpoint"},
 ]
