@@ -146,7 +146,7 @@ def _mlp(config, params, x, dropout_key):
         repr(config.save),
         "change save, or use implementation='xla'.",
     )
-    params, x = ensure_finite("params", vjp.frozen(params)), ensure_finite("x", x)
+    params, x = ensure_finite("params", params), ensure_finite("x", x)
     run = placed_automatically(functools.partial(vjp.run, op), lambda params, x, key: spec_of(x))
     return ensure_finite("y", run(*vary_alike((params, x, dropout_key))))
 
@@ -155,7 +155,7 @@ def _mlp(config, params, x, dropout_key):
 def _mlp_hidden(config, params, x, dropout_key):
     op = _checked_op(params, x, config, dropout_key)
     run = placed_automatically(functools.partial(vjp.run_hidden, op), _hidden_spec)
-    return run(*vary_alike((vjp.frozen(params), x, dropout_key)))
+    return run(*vary_alike((params, x, dropout_key)))
 
 
 def _hidden_spec(params, x, dropout_key) -> PartitionSpec:

@@ -23,7 +23,7 @@ from gemma_mlp.activations import ACTIVATIONS
 from gemma_mlp.dtypes import accumulation_dtype
 from gemma_mlp.mesh import constrain, count_shards, target_device, vary_alike
 from gemma_mlp.op.backend import Op
-from gemma_mlp.op.matmuls import matmul, project, weight_gradient
+from gemma_mlp.op.matmuls import matmul, project, project_wide, weight_gradient
 from gemma_mlp.op.slices import LANES, SlicedAxis, ceil_div, in_slices, round_up
 from gemma_mlp.params import MLPParams, axes_of_leaves
 from gemma_mlp.weights import QuantizedWeight, scales_per_channel
@@ -37,8 +37,10 @@ def hidden(
     """(h,), or (h, gate, up) if gate and up are saved, in the compute dtype. By XLA, or by the backend's kernel."""
     if op.backend.hidden is not None:
         return op.backend.hidden(op, params, x_BD.astype(op.dtype), save_gate_up)
-    gate_BF = project(op, op.between, x_BD, params.gate_proj, params.gate_bias)
-    up_BF = project(op, op.between, x_BD, params.up_proj, params.up_bias)
+    # What is saved is rounded after the scales of quantised weights, what is only stored may be rounded before them.
+    project_hidden = project if save_gate_up else project_wide
+    gate_BF = project_hidden(op, op.between, x_BD, params.gate_proj, params.gate_bias)
+    up_BF = project_hidden(op, op.between, x_BD, params.up_proj, params.up_bias)
     if op.config.save == "autodiff":  # JAX saves them; for `gate_up` they are tagged in vjp.py
         gate_BF, up_BF = checkpoint_name(gate_BF, "mlp_gate"), checkpoint_name(up_BF, "mlp_up")
     h_BF = ACTIVATIONS[op.config.activation].gated(gate_BF.astype(op.wide), up_BF.astype(op.wide))
@@ -145,8 +147,8 @@ def _hidden_gradients(op, params, x_BD, mask_BF, saved, dy_BD):
         gate_BF, up_BF = (a * one for a in saved)
     else:
         again_BD = _whole_length(op, x_BD.astype(op.dtype) * one)
-        gate_BF = project(op, between, again_BD, params.gate_proj, params.gate_bias)
-        up_BF = project(op, between, again_BD, params.up_proj, params.up_bias)
+        gate_BF = project_wide(op, between, again_BD, params.gate_proj, params.gate_bias)
+        up_BF = project_wide(op, between, again_BD, params.up_proj, params.up_bias)
     gate_BF, up_BF, dh_BF = (a.astype(op.wide) for a in (gate_BF, up_BF, dh_BF))
     activation = ACTIVATIONS[op.config.activation]
     h_BF = _dropped(op, activation.gated(gate_BF, up_BF), mask_BF)
