@@ -112,8 +112,9 @@ def _matmul_quantized(op, result, a, weight, transpose=False, scaled=True):
     def whole():
         return multiply(weight.qvalue, weight.scale)
 
-    # On a TPU XLA dequantises inside of the matmul. On a CPU it makes a whole copy. On a GPU it does so for groups, and
-    # where it merges two projections of x. A mesh may have split the axis of the slices; then it has split the copy too.
+    # On TPUs and GPUs XLA converts a qvalue inside of the matmul. On a CPU it makes a whole copy. So it does on a GPU where
+    # it merges two projections of x, and with groups: on a GPU always, on a TPU in a loop over layers. A mesh may have
+    # split the axis of the slices; then it has split the copy too.
     if op.config.save == "autodiff" or mesh_to_split() is not None:
         return whole()
     sliced = functools.partial(_in_slices, op, result, a, weight, transpose, multiply)
@@ -124,7 +125,9 @@ def _matmul_quantized(op, result, a, weight, transpose=False, scaled=True):
         return whole()
     # XLA's GPU backend would transpose all of an int4 array of which slices are taken along its last axis.
     in_bytes = int4 and not transpose and weight.shape[1] % 2 == 0
-    return lax.platform_dependent(cuda=functools.partial(sliced, in_bytes), default=whole)
+    return lax.platform_dependent(
+        cuda=functools.partial(sliced, in_bytes), default=functools.partial(sliced, False) if grouped else whole
+    )
 
 
 def _in_slices(op, result, a, weight, transpose, multiply, in_bytes):
