@@ -41,7 +41,8 @@ def project(op: Op, result: Any, x: Array, weight: Any, bias: Array | None) -> A
 def project_wide(op: Op, stored: Any, x: Array, weight: Any, bias: Array | None) -> Array:
     """x @ weight + bias, in `op.wide`. No array of this shape need be stored in another dtype than `stored`."""
     if isinstance(weight, QuantizedWeight) and scales_per_channel(weight) and bias is None and _rows(x) != 1:
-        return _matmul_quantized(op, stored, x, weight, scaled=False).astype(op.wide) * weight.scale[0].astype(op.wide)
+        y = _matmul_quantized(op, stored, x, weight, scaled=False)
+        return _times_scale(op, y, weight.scale)
     return project(op, stored, x, weight, bias).astype(op.wide)
 
 
@@ -49,7 +50,7 @@ def matmul(op: Op, result: Any, a: Array, weight: Any, transpose: bool = False) 
     """a @ weight, or a @ weight.T, over the last axis of a, in the dtype `result`."""
     if isinstance(weight, LoRAWeight):
         first, second = (weight.lora_b, weight.lora_a) if transpose else (weight.lora_a, weight.lora_b)
-        # Stored in `result`, so that there is no array of this shape in float32; XLA adds it inside of the base's matmul.
+        # Stored in `result`: there is no array of this shape in float32. XLA adds it inside of the base's matmul.
         delta = matmul(op, result, matmul(op, op.dtype, a, first, transpose), second, transpose).astype(op.wide)
         return (matmul(op, op.wide, a, weight.base, transpose) + weight.factor * delta).astype(result)
     if isinstance(weight, QuantizedWeight):
@@ -58,12 +59,15 @@ def matmul(op: Op, result: Any, a: Array, weight: Any, transpose: bool = False) 
 
 
 def weight_gradient(op: Op, weight: Any, wanted: Any, x: Array, dy: Array) -> Any:
-    """The gradient of `weight` for y = x @ weight: a tree like it. None for each array that is not `wanted`."""
+    """The gradient of `weight` for y = x @ weight: a tree like it. None for each array that is not `wanted`.
+
+    Those of adapters are in `op.wide`, because slices of F add up to some of them.
+    """
     if isinstance(weight, LoRAWeight):
         a, b, factor = weight.lora_a, weight.lora_b, weight.factor
         base = weight_gradient(op, weight.base, wanted.base, x, dy)
-        da = outer(op, x, factor * matmul(op, op.wide, dy, b, transpose=True), a.dtype) if wanted.lora_a else None
-        db = outer(op, factor * matmul(op, op.wide, x, a), dy, b.dtype) if wanted.lora_b else None
+        da = outer(op, x, factor * matmul(op, op.wide, dy, b, transpose=True), op.wide) if wanted.lora_a else None
+        db = outer(op, factor * matmul(op, op.wide, x, a), dy, op.wide) if wanted.lora_b else None
         return LoRAWeight(base, da, db, factor)
     if isinstance(weight, QuantizedWeight):
         return QuantizedWeight(None, None)
@@ -99,7 +103,7 @@ def _matmul_quantized(op, result, a, weight, transpose=False, scaled=True):
     """`scaled=False` leaves the scales of the result's channels to the caller."""
     grouped = not scales_per_channel(weight)
     if not grouped and transpose:
-        a = a.astype(op.wide) * weight.scale[0].astype(op.wide)
+        a = _times_scale(op, a, weight.scale)
 
     def multiply(qvalue, scale):
         """For all of the weight, or for a slice along the result's last axis."""
@@ -107,13 +111,13 @@ def _matmul_quantized(op, result, a, weight, transpose=False, scaled=True):
             return _matmul_dense(op, result, a, dense(QuantizedWeight(qvalue, scale), op.dtype), transpose)
         if transpose or not scaled:
             return _matmul_dense(op, result, a, qvalue, transpose)
-        return (_matmul_dense(op, op.wide, a, qvalue, transpose) * scale[0].astype(op.wide)).astype(result)
+        return _times_scale(op, _matmul_dense(op, op.wide, a, qvalue, transpose), scale).astype(result)
 
     def whole():
         return multiply(weight.qvalue, weight.scale)
 
-    # On TPUs and GPUs XLA converts a qvalue inside of the matmul. On a CPU it makes a whole copy. So it does on a GPU where
-    # it merges two projections of x, and with groups: on a GPU always, on a TPU in a loop over layers. A mesh may have
+    # On TPUs and GPUs XLA converts a qvalue inside of the matmul. It makes a whole copy on a CPU, on a GPU where it
+    # merges two projections of x, and with groups: on a GPU always, on a TPU in a loop over layers. A mesh may have
     # split the axis of the slices; then it has split the copy too.
     if op.config.save == "autodiff" or mesh_to_split() is not None:
         return whole()
@@ -125,9 +129,8 @@ def _matmul_quantized(op, result, a, weight, transpose=False, scaled=True):
         return whole()
     # XLA's GPU backend would transpose all of an int4 array of which slices are taken along its last axis.
     in_bytes = int4 and not transpose and weight.shape[1] % 2 == 0
-    return lax.platform_dependent(
-        cuda=functools.partial(sliced, in_bytes), default=functools.partial(sliced, False) if grouped else whole
-    )
+    elsewhere = functools.partial(sliced, False) if grouped else whole
+    return lax.platform_dependent(cuda=functools.partial(sliced, in_bytes), default=elsewhere)
 
 
 def _in_slices(op, result, a, weight, transpose, multiply, in_bytes):
@@ -152,6 +155,11 @@ def _in_slices(op, result, a, weight, transpose, multiply, in_bytes):
 
     zeros = jnp.zeros((*a.shape[:-1], total), result)
     return in_slices(total, size, add_slice, vary_alike((zeros, a))[0])
+
+
+def _times_scale(op, array, scale):
+    """`array`, whose last axis is that of the channels, times their scales [1, channels], in float32."""
+    return array.astype(op.wide) * jnp.broadcast_to(scale[0].astype(op.wide), array.shape)
 
 
 def _rows(a):
