@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gemma_mlp import MLPConfig, MLPParams, feed_forward
+from gemma_mlp import MLPConfig, MLPParams, feed_forward, hidden_activations
 from gemma_mlp.op import xla
 from gemma_mlp.op.backend import Op
 from gemma_mlp.testing.oracle import relative_error
@@ -81,3 +81,26 @@ def test_no_weights_gradient_is_whole_in_float32():
     program = str(jax.make_jaxpr(gradients)(params, jnp.ones((4, 24), "bfloat16")))
     assert "bf16[24,40]" in program and "f32[12,40]" in program  # a block of two
     assert "f32[24,40]" not in program and "f32[40,24]" not in program
+
+
+SYMBOLIC = jax.export.symbolic_shape("batch, 4, 8")
+
+
+@pytest.mark.parametrize(
+    ("function", "shape", "dtype", "choices"),
+    [
+        (feed_forward, (2, 4, 8), "float32", 0),
+        (feed_forward, SYMBOLIC, "float32", 0),
+        (feed_forward, (512, 8), "float32", 0),
+        (functools.partial(feed_forward, save="gate_up"), (8,), "float32", 0),
+        (functools.partial(feed_forward, chunk_size=100), (513, 8), "float32", 0),
+        (hidden_activations, (513, 8), "float32", 0),
+        (feed_forward, (513, 8), "float32", 1),  # a CPU takes them in chunks
+        (feed_forward, SYMBOLIC, "bfloat16", 1),  # a CPU does not round between matmuls
+    ],
+)
+def test_the_platform_is_chosen_only_where_programs_differ(function, shape, dtype, choices):
+    """Exporters to other formats, such as jax2onnx, know no choice of the platform."""
+    params, x = MLPParams.init(MLPConfig(8, 16), jax.random.key(0)), jax.ShapeDtypeStruct(shape, dtype)
+    program = jax.make_jaxpr(functools.partial(function, dtype=dtype))(params, x)
+    assert str(program).count("platform_index") == choices
