@@ -140,14 +140,13 @@ def _in_slices(op, result, a, weight, transpose, multiply, in_bytes):
     total = weight.shape[axis]
     size = min(total, round_up(ceil_div(total, SLICES), multiple))
     share = 1 if axis else weight.group_size  # how much of the axis has one scale
-    if in_bytes:
-        pairs = lax.bitcast_convert_type(weight.qvalue.reshape(weight.shape[0], -1, 2), jnp.int8)
+    pairs = lax.bitcast_convert_type(weight.qvalue.reshape(weight.shape[0], -1, 2), jnp.int8) if in_bytes else None
 
     def add_slice(start, size, y):
-        if in_bytes:
-            qvalue = _int4_slice(pairs, start, size)
-        else:
+        if pairs is None:
             qvalue = lax.dynamic_slice_in_dim(weight.qvalue, start, size, axis)
+        else:
+            qvalue = _int4_slice(pairs, start, size)
         scale = weight.scale
         if axis or not scales_per_channel(weight):
             scale = lax.dynamic_slice_in_dim(scale, start // share, size // share, axis)

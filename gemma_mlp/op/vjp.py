@@ -81,12 +81,13 @@ def _directly(op, function, *args):
     return function(op, *args)
 
 
-def _by_platform(op, function, *args):
-    """function(op, *args) in two branches, for a CPU and for other platforms. A CPU does not round between matmuls.
+def _by_platform(op, function, *args, differs=False):
+    """function(op, *args), in two branches, for a CPU and for other platforms, where their programs differ.
 
+    In bfloat16 they do, because a CPU does not round between matmuls. Otherwise the caller says whether they differ.
     Kernels are for one platform and need no branches.
     """
-    if op.backend != XLA:
+    if op.backend != XLA or not (differs or op.dtype == jnp.bfloat16):
         return function(op, *args)
     on_cpu = functools.partial(function, op._replace(on_cpu=True, round_between=False))
     return lax.platform_dependent(*args, cpu=on_cpu, default=functools.partial(function, op))
@@ -94,7 +95,8 @@ def _by_platform(op, function, *args):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _feed_forward(op, params, x, dropout_key):
-    return _by_platform(op, _forward, params, x, dropout_key)[0]
+    in_chunks = op.config.chunk_size is None and cpu.chunk_size(x.shape, op.dtype) is not None
+    return _by_platform(op, _forward, params, x, dropout_key, differs=in_chunks)[0]
 
 
 @functools.partial(
@@ -132,7 +134,7 @@ def _backward(op, residuals, dy_BD):
         return dparams, dx_BD.astype(x.dtype), None
     mask_BF = xla.dropout_mask(op, params, x, residuals.dropout_key)
     gradients = functools.partial(_gradients, wanted)
-    return *_by_platform(op, gradients, params, x, mask_BF, saved, dy_BD), None
+    return *_by_platform(op, gradients, params, x, mask_BF, saved, dy_BD, differs=not saved), None
 
 
 def _gradients(wanted, op, params, *arrays):

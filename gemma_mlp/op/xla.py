@@ -138,17 +138,23 @@ def _hidden_gradients(op, params, x_BD, mask_BF, saved, dy_BD):
         return op.backend.hidden_backward(op, params, dy_BD.astype(op.dtype), *saved)
     between = op.wide if op.backend.float32_slices else op.between
     dh_BF = over_hidden(op, matmul(op, between, dy_BD, params.down_proj, transpose=True))
-    # A 1 that depends on dh and that XLA cannot fold. Without it XLA merges the recomputed gate and up with those of
-    # the forward pass, and keeps them in memory in an unrolled stack. A CPU may merge them: there time matters more.
-    one = jnp.ones((), op.dtype)
-    if not op.on_cpu:
-        one, dh_BF = lax.optimization_barrier((one, dh_BF))
+    # A 1 that depends on dh and that XLA cannot fold: what it multiplies is computed after dh. Without it XLA merges
+    # the recomputed gate and up with those of the forward pass, and keeps them in memory in an unrolled stack. A CPU
+    # may merge them, because there time matters more, but it must not compute more of the backward pass that early.
+    one, dh_BF = lax.optimization_barrier((jnp.ones((), op.dtype), dh_BF))
+
+    def after_dh(array):
+        return array * one.astype(array.dtype)
+
     if saved:
-        gate_BF, up_BF = (a * one for a in saved)
+        gate_BF, up_BF = map(after_dh, saved)
     else:
-        again_BD = _whole_length(op, x_BD.astype(op.dtype) * one)
+        again_BD = x_BD.astype(op.dtype)
+        again_BD = _whole_length(op, again_BD if op.on_cpu else after_dh(again_BD))
         gate_BF = project_wide(op, between, again_BD, params.gate_proj, params.gate_bias)
         up_BF = project_wide(op, between, again_BD, params.up_proj, params.up_bias)
+        if op.on_cpu:
+            gate_BF, up_BF = after_dh(gate_BF), after_dh(up_BF)
     gate_BF, up_BF, dh_BF = (a.astype(op.wide) for a in (gate_BF, up_BF, dh_BF))
     activation = ACTIVATIONS[op.config.activation]
     h_BF = _dropped(op, activation.gated(gate_BF, up_BF), mask_BF)
