@@ -183,7 +183,7 @@ def matmul(op: Op, result, a: Array, weight: Array, transpose: bool = False) -> 
     """a @ weight, or a @ weight.T, over the last axis of a, in the dtype `result`."""
 
     def multiply(a, weight):
-        return _dot(op, result, a, weight, (a.ndim - 1,), (1 if transpose else 0,))
+        return _dot(op, result, a, _rounded_on_tpu(op, weight), (a.ndim - 1,), (1 if transpose else 0,))
 
     if op.on_cpu is False or op.dtype != jnp.bfloat16 or math.prod(a.shape[:-1]) != 1:
         return multiply(a, weight)
@@ -192,6 +192,14 @@ def matmul(op: Op, result, a: Array, weight: Array, transpose: bool = False) -> 
         return cpu.matmul_of_one_row(a, weight, multiply)
 
     return padded(a, weight) if op.on_cpu else lax.platform_dependent(a, weight, cpu=padded, default=multiply)
+
+
+def _rounded_on_tpu(op, weight):
+    """A float32 weight, rounded to bfloat16 and still float32, where a TPU multiplies in bfloat16. The cast that
+    follows is then exact. With the cast alone XLA keeps a bfloat16 copy of every layer's weights before a loop."""
+    if op.on_cpu is not False or (weight.dtype, op.dtype) != (jnp.float32, jnp.bfloat16):
+        return weight
+    return lax.reduce_precision(weight, 8, 7) if target_device().platform == "tpu" else weight
 
 
 def outer(op: Op, a: Array, b: Array, result) -> Array:
