@@ -26,6 +26,7 @@ from gemma_mlp.op.slices import LANES, SlicedAxis, ceil_div, in_slices, round_up
 from gemma_mlp.params import HIDDEN_AXIS, MLPParams
 
 V5P = {"TPU v5", "TPU v5p"}  # the device kinds that JAX knows a v5p by
+V7X = "TPU7x"
 
 
 def hidden(
@@ -84,7 +85,9 @@ def gradients(op: Op, params: MLPParams, x_BD: Array, mask_BF: Array | None, sav
     if op.backend.weight_backward is not None:
         # Without the barrier XLA may carry dx in VMEM through a loop over layers and then copy it to HBM.
         dx_BD = lax.optimization_barrier(dx_BD)
-    return MLPParams(**dparams, down_bias=_bias_gradient(dy_BD, params.down_bias)), dx_BD
+    gradients = MLPParams(**dparams, down_bias=_bias_gradient(dy_BD, params.down_bias)), dx_BD
+    # Without the barrier a TPU 7x computes an unrolled stack's weight gradients last and keeps h, dgate and dup.
+    return lax.optimization_barrier(gradients) if target_device().device_kind == V7X else gradients
 
 
 def _gradients_of_slice(op, params, x_BD, mask_BF, saved, dy_BD):
