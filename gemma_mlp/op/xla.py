@@ -202,7 +202,7 @@ def _rounded_on_tpu(op, weight):
     follows is then exact. With the cast alone XLA keeps a bfloat16 copy of every layer's weights before a loop."""
     if op.on_cpu is not False or (weight.dtype, op.dtype) != (jnp.float32, jnp.bfloat16):
         return weight
-    return lax.reduce_precision(weight, 8, 7) if target_device().platform == "tpu" else weight
+    return lax.reduce_precision(weight, 8, 7) if target_device().device_kind.startswith("TPU") else weight
 
 
 def outer(op: Op, a: Array, b: Array, result) -> Array:

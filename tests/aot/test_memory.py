@@ -28,7 +28,8 @@ from gemma_mlp.testing.stacks import (
 from tests.support.vary import slow
 
 pytestmark = pytest.mark.needs_compilers
-V5E, V5P, V6E = "tpu v5e:2x2", "tpu v5p:2x2x1", "tpu v6e:2x2"
+V5E, V5P, V6E, V7X = "tpu v5e:2x2", "tpu v5p:2x2x1", "tpu v6e:2x2", "tpu tpu7x:2x2x1"
+SMALL_TILES = {"xla_tpu_control_large_2nd_minor_layout_for_x16": "false"}  # for the 7x: gemma_mlp/op/README.md
 
 
 @pytest.mark.parametrize(

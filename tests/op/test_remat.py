@@ -1,4 +1,7 @@
-"""How many matmuls a layer takes with each `save` under a user's own remat. tests/aot counts them in compiled programs."""
+"""How many matmuls a layer takes with each `save` under a user's own remat.
+
+They are counted in the program that JAX hands to the compiler. tests/aot counts them in compiled programs.
+"""
 
 import dataclasses
 import functools
