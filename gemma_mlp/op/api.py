@@ -53,7 +53,9 @@ def feed_forward(
         common type of `params` and `x`.
       dropout_rate: the share of h that is set to zero; the rest is divided by 1 - dropout_rate. 0 needs no key.
       dropout_key: draws the mask for a positive dropout_rate.
-      save: what is saved for the backward pass in addition to `params` and `x`. `input`: nothing; gate and up are
+      save: inside your own `jax.checkpoint`, `nnx.remat` or `nn.remat` use `gate_up`, or any with the policy
+        `jax.checkpoint_policies.save_only_these_names("mlp_out")`; with `input` plain remat recomputes gate and up
+        twice. What is saved for the backward pass in addition to `params` and `x`. `input`: nothing; gate and up are
         recomputed, which is two more matmuls. `gate_up`: gate and up in the compute dtype, two arrays [*B, F]. Both
         support reverse mode and forward-over-reverse only. `autodiff`: what JAX saves by itself, eight arrays [*B, F],
         seven of them float32; forward mode (`jax.jvp`, `jax.jacfwd`) works, and bfloat16 gradients are rounded in

@@ -18,7 +18,7 @@ from jax import lax
 from jaxtyping import Array
 
 from gemma_mlp.dtypes import widest
-from gemma_mlp.mesh import mesh_to_split, vary_alike
+from gemma_mlp.mesh import mesh_to_split, target_device, vary_alike
 from gemma_mlp.op import cpu
 from gemma_mlp.op.backend import Op
 from gemma_mlp.op.slices import LANES, ceil_div, in_slices, round_up
@@ -88,7 +88,7 @@ def outer(op: Op, a: Array, b: Array, result: Any) -> Array:
 
 def _matmul_dense(op, result, a, weight, transpose):
     def multiply(a, weight):
-        return _dot(op, result, a, weight, (a.ndim - 1,), (1 if transpose else 0,))
+        return _dot(op, result, a, _rounded_on_tpu(op, weight), (a.ndim - 1,), (1 if transpose else 0,))
 
     if op.on_cpu is False or op.dtype != jnp.bfloat16 or _rows(a) != 1:
         return multiply(a, weight)
@@ -97,6 +97,14 @@ def _matmul_dense(op, result, a, weight, transpose):
         return cpu.matmul_of_one_row(a, weight, multiply)
 
     return padded(a, weight) if op.on_cpu else lax.platform_dependent(a, weight, cpu=padded, default=multiply)
+
+
+def _rounded_on_tpu(op, weight):
+    """A float32 weight, rounded to bfloat16 and still float32, where a TPU multiplies in bfloat16. The cast that
+    follows is then exact. With the cast alone XLA keeps a bfloat16 copy of every layer's weights before a loop."""
+    if op.on_cpu is not False or (weight.dtype, op.dtype) != (jnp.float32, jnp.bfloat16):
+        return weight
+    return lax.reduce_precision(weight, 8, 7) if target_device().device_kind.startswith("TPU") else weight
 
 
 def _matmul_quantized(op, result, a, weight, transpose=False, scaled=True):

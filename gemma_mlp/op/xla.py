@@ -29,6 +29,7 @@ from gemma_mlp.params import MLPParams, axes_of_leaves
 from gemma_mlp.weights import QuantizedWeight, scales_per_channel
 
 V5P = {"TPU v5", "TPU v5p"}  # the device kinds that JAX knows a v5p by
+V7X = "TPU7x"
 
 
 def hidden(
@@ -110,7 +111,9 @@ def gradients(
         # Without the barrier XLA may carry dx in VMEM through a loop over layers and then copy it to HBM.
         dx_BD = lax.optimization_barrier(dx_BD)
     dparams = dataclasses.replace(dparams, down_bias=down_bias)
-    return jax.tree.map(lambda a, d: None if d is None else d.astype(a.dtype), params, dparams), dx_BD
+    dparams = jax.tree.map(lambda a, d: None if d is None else d.astype(a.dtype), params, dparams)
+    # Without the barrier a TPU 7x computes an unrolled stack's weight gradients last and keeps h, dgate and dup.
+    return lax.optimization_barrier((dparams, dx_BD)) if target_device().device_kind == V7X else (dparams, dx_BD)
 
 
 def _gradients_of_slice(op, params, wanted, x_BD, mask_BF, saved, dy_BD):

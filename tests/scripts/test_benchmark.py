@@ -63,7 +63,7 @@ def test_a_race_takes_turns_and_gives_medians(monkeypatch):
 def test_this_machines_compiler_reports_memory_for_every_row():
     sizes = {"tokens": 2048, "layers": 4, "chunk_size": 256}
     rows = list(memory.measure("gemma3_270m", {"CPU": ("cpu", None)}, **sizes))
-    assert len(rows) == 3 * 5 and all(row["CPU"] > 0 for row in rows)
+    assert len(rows) == 3 * 6 and all(row["CPU"] > 0 for row in rows)
     scanned = {(row["layer"], row["chunk_size"]): row["CPU"] for row in rows if row["stack"] == "scanned"}
     assert scanned["input", None] < scanned["gate_up", None] < scanned["plain", None]
 
@@ -74,7 +74,7 @@ def test_a_program_that_does_not_fit_has_an_empty_cell(monkeypatch):
 
     monkeypatch.setattr(memory, "gradient_bytes", gradient_bytes)
     rows = list(memory.measure("gemma3_270m", {"CPU": ("cpu", None)}, tokens=1, layers=1, chunk_size=1))
-    assert len(rows) == 3 * 5 and all(row["CPU"] is None for row in rows)
+    assert len(rows) == 3 * 6 and all(row["CPU"] is None for row in rows)
 
 
 def run_benchmark(workdir, *settings):
@@ -113,7 +113,7 @@ def test_the_command_with_all_sections(tmp_path):
         assert row["ratio"] == pytest.approx(row["ours"] / row["theirs"])  # there is one round
     compilers = memory.compilers()[0]
     assert len(report["time"]) == 4 and len(report["accuracy"]) == 4
-    assert len(report["memory"]) == (15 if list(compilers) == ["CPU"] else 18)  # kernels have rows for accelerators
+    assert len(report["memory"]) == (18 if list(compilers) == ["CPU"] else 24)  # kernels have rows for accelerators
     assert ("H200 Triton is left out" in output) == ("H200 Triton" not in compilers)
 
 
