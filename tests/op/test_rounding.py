@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gemma_mlp import MLPConfig
-from gemma_mlp.op import xla
+from gemma_mlp.op import matmuls
 from gemma_mlp.op.backend import Op
 
 
@@ -18,7 +18,7 @@ def test_rounding_before_the_cast_gives_the_numbers_of_the_cast(monkeypatch):
     ties = np.arange(0, 2**32, 2**15, dtype=np.uint64).astype(np.uint32)
     weight = np.concatenate([random, ties, ties - 1, ties + 1]).view(np.float32)
     op = Op(MLPConfig(8, 16), jnp.dtype("bfloat16"))
-    rounded = np.asarray(jax.jit(lambda weight: xla._rounded_on_tpu(op, weight))(weight))
+    rounded = np.asarray(jax.jit(lambda weight: matmuls._rounded_on_tpu(op, weight))(weight))
     cast = np.asarray(jax.jit(lambda weight: weight.astype("bfloat16").astype("float32"))(weight))
     finite = ~np.isnan(weight)
     assert rounded.dtype == np.float32 and (rounded.view(np.uint32)[finite] == cast.view(np.uint32)[finite]).all()
