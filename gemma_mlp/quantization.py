@@ -16,8 +16,8 @@ def quantize(params: Any, dtype: Any, group_size: int | None = None) -> Any:
 
     The rounding is that of `qwix.quantize`, symmetric and by the largest magnitude. The `quantize` extra has it.
 
-        scale = max |W| / 127.5, 7.5 or 448 (int8, int4, float8_e4m3fn), over an output channel or over each of its groups
-        qvalue = round(W / scale)
+        scale = max |W| / largest, over an output channel or each of its groups; largest = 127.5, 7.5 or 448
+        qvalue = round(W / scale), in int8, int4 or float8_e4m3fn
 
     int8 takes half the memory of bfloat16, int4 a quarter. A group of 32 has one scale in the weight's own dtype, so in
     bfloat16 half a bit more for each number.
