@@ -125,25 +125,36 @@ def read_slot(path: Path, slot: Slot, index: tuple[slice, ...]) -> np.ndarray:
         return slot.read(file.get_slice(slot.tensor), index)
 
 
-def create(folder: Path, tensors: Mapping[str, Callable[[], Any]], config: Mapping[str, Any], shard_bytes: int) -> None:
-    """Writes a new folder of tensors, each made by its function, and a config.json. It appears whole or not at all."""
+def create(
+    folder: Path,
+    tensors: Mapping[str, Callable[[], Any]],
+    config: Mapping[str, Any],
+    shard_bytes: int = SHARD_BYTES,
+    *,
+    single: str = SINGLE,
+    config_name: str = "config.json",
+) -> None:
+    """Writes a new folder of tensors, each made by its function, and a config. It appears whole or not at all.
+
+    The names are those of the file if there is only one, and of the config.
+    """
     require(
         not folder.exists(), "A checkpoint must be written to a new folder.", f"{folder}, which exists", "use another."
     )
     partial = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}")
     partial.mkdir(parents=True)
     try:
-        _write_json(partial / "config.json", config)
+        _write_json(partial / config_name, config)
         shards: list[list[str]] = []  # names of tensors
         total = 0
         for shard in _shards(tensors, shard_bytes):
             path = partial / f"shard-{len(shards)}"
             safetensors.numpy.save_file(shard, path, metadata={"format": "pt"})
-            shutil.copymode(partial / "config.json", path)  # which is as the umask says; safetensors makes it private
+            shutil.copymode(partial / config_name, path)  # which is as the umask says; safetensors makes it private
             shards.append(list(shard))
             total += path.stat().st_size
         count = len(shards)
-        names = [SINGLE] if count == 1 else [f"model-{i + 1:05}-of-{count:05}.safetensors" for i in range(count)]
+        names = [single] if count == 1 else [f"model-{i + 1:05}-of-{count:05}.safetensors" for i in range(count)]
         for i, name in enumerate(names):
             (partial / f"shard-{i}").rename(partial / name)
         if count > 1:
