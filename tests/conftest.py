@@ -21,7 +21,7 @@ SETS = {  # marker or fixture: (what its tests need, the packages of that, how t
         "pip install -e '.[aot]'",
     ),
     "needs_peers": (
-        "PyTorch, transformers, PEFT and compressed-tensors",
+        "PyTorch and transformers",
         ("torch", "transformers", "peft", "compressed-tensors"),
         "pip install torch -e '.[peers]'",
     ),

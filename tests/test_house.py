@@ -33,8 +33,8 @@ FLOORS = [
     {"op.vjp", "op.tpu", "layouts"},
     {"op.choose"},
     {"op.api", "checkpoint.addresses", "checkpoint.loading", "checkpoint.safetensors_folder"},
-    {"adopt", "block", "checkpoint.config_json", "checkpoint.orbax", "checkpoint.peft_adapters"},
-    {"nnx", "linen", "checkpoint.huggingface", "testing.stacks"},
+    {"adopt", "block", "checkpoint.config_json", "checkpoint.low_bit", "checkpoint.orbax", "checkpoint.peft_adapters"},
+    {"nnx", "linen", "checkpoint.gguf_file", "checkpoint.huggingface", "testing.stacks"},
     {"checkpoint"},
 ]
 EMPTY = {"__init__", "op", "testing"}  # packages that hold no names of their own

@@ -52,7 +52,7 @@ def list_files(folder: Path) -> dict[str, Path]:
     present = [name for name in (SINGLE, INDEX) if (folder / name).exists()]
     fix = "give the folder that holds it; files in other formats (.bin, .pt) are pickles, which are never opened."
     if any(folder.glob("*.gguf")):
-        fix = "GGUF files are not read: download the original model in safetensors."
+        fix = "read the GGUF file with read_gguf."
     received = " and ".join(sorted(path.name for path in folder.glob("*"))[:5]) or "nothing"
     require(len(present) > 0, f"{folder} must hold either {SINGLE} or {INDEX}.", received, fix)
     single: dict[str, Path] = {}
