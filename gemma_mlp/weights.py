@@ -20,7 +20,7 @@ from jax import export
 from jaxtyping import Array, Float, Num
 
 from gemma_mlp.checks import describe, require, require_choice
-from gemma_mlp.dtypes import DTYPES
+from gemma_mlp.dtypes import DTYPES, accumulation_dtype
 
 WEIGHT_DTYPES = ("int8", "int4", "float8_e4m3fn")  # of quantised weights
 LORA = ("lora_a", "lora_b")  # the two matrices of an adapter
@@ -186,7 +186,7 @@ def require_sound(name: str, weight: Any) -> None:
 def dense(weight: Any, dtype: Any = None) -> Array:
     """`weight` as one array in `dtype`, or else in its own: computed in float32 (float64 for that), rounded once."""
     dtype = jnp.dtype(dtype or weight.dtype)
-    wide = jnp.promote_types(dtype, jnp.float32)
+    wide = accumulation_dtype(dtype)
     if isinstance(weight, LoRAWeight):
         exact = jax.lax.Precision.HIGHEST
         delta = jnp.matmul(weight.lora_a.astype(wide), weight.lora_b.astype(wide), precision=exact)

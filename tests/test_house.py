@@ -34,7 +34,8 @@ FLOORS = [
     {"op.choose"},
     {"op.api", "checkpoint.addresses", "checkpoint.loading", "checkpoint.safetensors_folder"},
     {"adopt", "block", "checkpoint.config_json", "checkpoint.low_bit", "checkpoint.orbax", "checkpoint.peft_adapters"},
-    {"nnx", "linen", "checkpoint.gguf_file", "checkpoint.huggingface", "testing.stacks"},
+    {"nnx", "linen", "checkpoint.compressed", "checkpoint.gguf_file", "testing.stacks"},
+    {"checkpoint.huggingface"},
     {"checkpoint"},
 ]
 EMPTY = {"__init__", "op", "testing"}  # packages that hold no names of their own

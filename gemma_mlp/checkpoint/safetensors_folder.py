@@ -12,8 +12,9 @@ import shutil
 import uuid
 from collections.abc import Callable, Container, Iterator, Mapping
 from pathlib import Path, PurePosixPath
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
+import ml_dtypes
 import numpy as np
 import safetensors
 import safetensors.numpy
@@ -125,6 +126,29 @@ def read_slot(path: Path, slot: Slot, index: tuple[slice, ...]) -> np.ndarray:
         return slot.read(file.get_slice(slot.tensor), index)
 
 
+def read_tensor(path: Path, name: str) -> np.ndarray:
+    """Reads a whole tensor, of float8_e4m3fn too."""
+    fix = "download the missing shard, or choose other layers with layers=."
+    require(path.is_file(), f"{name} must be in {path}, as the index says.", "no such file", fix)
+    with opened(path) as file:
+        require(name in file.keys(), f"{name} must be in {path}.", "no such tensor", "download it again.")  # noqa: SIM118
+        part = file.get_slice(name)
+        if part.get_dtype() != "F8_E4M3":
+            return file.get_tensor(name)
+        with path.open("rb") as raw:  # safetensors makes no NumPy array of this dtype
+            begin, end = _places(raw)[name]
+            raw.seek(begin)
+            return np.frombuffer(raw.read(end - begin), ml_dtypes.float8_e4m3fn).reshape(part.get_shape())
+
+
+def _places(file: BinaryIO) -> dict[str, tuple[int, int]]:
+    """Where the bytes of each tensor begin and end in an open file. safetensors does not say it."""
+    length = int.from_bytes(file.read(8), "little")  # of the JSON that follows
+    header = json.loads(file.read(length))
+    ends = {name: tensor["data_offsets"] for name, tensor in header.items() if name != "__metadata__"}
+    return {name: (8 + length + begin, 8 + length + end) for name, (begin, end) in ends.items()}
+
+
 def create(
     folder: Path,
     tensors: Mapping[str, Callable[[], Any]],
@@ -225,11 +249,9 @@ def _rewrite(path: Path, fresh: Path, tensors: Mapping[str, Any]) -> None:
     fresh.touch(mode=0o600)  # the old file may be private
     shutil.copyfile(path, fresh)
     with fresh.open("r+b") as file:
-        # safetensors does not say where a tensor begins. A file starts with eight bytes of length, then JSON.
-        length = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(length))
+        places = _places(file)
         for name, array in tensors.items():
-            file.seek(8 + length + header[name]["data_offsets"][0])
+            file.seek(places[name][0])
             file.write(np.ascontiguousarray(array()).reshape(-1).view(np.uint8).data)
         file.flush()
         _make_alike(fresh, path)
