@@ -12,6 +12,7 @@ from gemma_mlp.mesh import Rules, checked_rules
 
 Save = Literal["input", "gate_up", "autodiff"]
 Implementation = Literal["xla", "pallas"]
+WeightDtype = Literal["int8", "int4", "float8_e4m3fn"]
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 
 
@@ -78,6 +79,10 @@ class MLPConfig:
         and 3 do and Gemma 1 does not.
       scale_plus_one: True: the norms multiply by 1 + scale, as in Gemma 1, 2 and 3. False: by scale itself, as in
         Gemma 3n and 4 (`Gemma3nRMSNorm` and `Gemma4RMSNorm` of transformers). DeepMind's Gemma 3n has the same option.
+      weight_dtype: None: the three weights are stored in `param_dtype`. `int8`, `int4` or `float8_e4m3fn`: they are
+        quantised, as by :func:`gemma_mlp.quantize`, and frozen; their scales are stored in `param_dtype`.
+      group_size: how many numbers along a quantised weight's first axis share a scale. None: all of them.
+      lora: adapters that the modules make beside the weights, in `param_dtype`. None: none.
 
     Raises:
       ValueError: at construction, for any other value.
@@ -97,6 +102,9 @@ class MLPConfig:
     chunk_size: int | None = None
     axis_rules: Rules | None = None
     implementation: Implementation | None = None
+    weight_dtype: WeightDtype | None = None
+    group_size: int | None = None
+    lora: LoRA | None = None
 
     def __post_init__(self):
         for name in ("embed_dim", "hidden_dim"):
@@ -127,6 +135,20 @@ class MLPConfig:
         if self.dtype is not None:
             object.__setattr__(self, "dtype", dtype_name("dtype", self.dtype))
         object.__setattr__(self, "param_dtype", dtype_name("param_dtype", self.param_dtype))
+        if self.weight_dtype is not None:
+            require_choice("weight_dtype", self.weight_dtype, get_args(WeightDtype))
+        if self.group_size is not None:
+            object.__setattr__(self, "group_size", positive_int("group_size", self.group_size))
+            require(
+                self.weight_dtype is not None
+                and self.embed_dim % self.group_size == 0
+                and self.hidden_dim % self.group_size == 0,
+                "group_size must divide embed_dim and hidden_dim, and needs a weight_dtype.",
+                f"group_size {self.group_size}, sizes {self.embed_dim}, {self.hidden_dim}, {self.weight_dtype}",
+                "choose a divisor of both, such as 32, and the dtype of the quantised weights.",
+            )
+        valid = self.lora is None or isinstance(self.lora, LoRA)
+        require(valid, "lora must be a gemma_mlp.LoRA or None.", repr(self.lora), "such as LoRA(rank=16).")
 
 
 def _is_real(value: Any) -> bool:

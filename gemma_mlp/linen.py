@@ -13,6 +13,7 @@ from gemma_mlp.checks import describe, require
 from gemma_mlp.config import MLPConfig
 from gemma_mlp.op.api import mlp, mlp_hidden
 from gemma_mlp.params import BIASES, LeafSpec, MLPParams, RMSNormParams, named_leaves
+from gemma_mlp.weights import LORA, LoRAWeight, QuantizedWeight
 
 __all__ = ["MLP", "LogicalAxes", "MLPBlock", "RMSNorm", "adopt"]
 DOT_GENERAL = lax.dot_general.__code__  # qwix replaces the code while it rewrites a model's matmuls
@@ -23,7 +24,10 @@ class MLP(nn.Module):
 
     Parameters are `gate_proj` [D, F], `up_proj` [D, F], `down_proj` [F, D] and, with `config.use_bias`,
     `gate_bias` [F], `up_bias` [F], `down_bias` [D], boxed with the logical axes `embed` and `mlp`. With
-    `mutable=["intermediates"]` the hidden activations are sown as `hidden`.
+    `config.weight_dtype` each weight is a `gemma_mlp.QuantizedWeight` of two such arrays. With `config.lora` there is a
+    collection `lora` of `gate_proj_lora_a` [D, rank], `gate_proj_lora_b` [rank, F] and so on.
+
+    With `mutable=["intermediates"]` the hidden activations are sown as `hidden`.
 
     Attributes:
       config: sizes and numerics.
@@ -169,8 +173,22 @@ class LogicalAxes(nn.LogicallyPartitioned):
 
 
 def _params(module: nn.Module, specs: MLPParams | RMSNormParams, config: MLPConfig) -> dict[str, Any]:
-    def boxed(spec: LeafSpec):
-        return lambda key, shape, dtype: LogicalAxes(spec.init(key, shape, dtype), spec.axes)
+    return {name: _leaf(module, name, spec, config) for name, spec in named_leaves(specs).items()}
 
-    leaves = named_leaves(specs).items()
-    return {name: module.param(name, boxed(spec), spec.shape, config.param_dtype) for name, spec in leaves}
+
+def _leaf(module, name, spec, config):
+    """A parameter of a module, or the parameters that make up a quantised or adapted weight."""
+
+    def boxed(spec: LeafSpec):
+        return lambda key: LogicalAxes(spec.init(key, spec.shape, config.param_dtype), spec.axes)
+
+    if isinstance(spec, LoRAWeight):
+
+        def adapter(part):
+            make = boxed(getattr(spec, part))
+            return nn.unbox(module.variable("lora", f"{name}_{part}", lambda: make(module.make_rng("params"))).value)
+
+        return LoRAWeight(_leaf(module, name, spec.base, config), *map(adapter, LORA), spec.factor)
+    if isinstance(spec, QuantizedWeight):
+        return module.param(name, lambda key: QuantizedWeight(boxed(spec.qvalue)(key), boxed(spec.scale)(key)))
+    return module.param(name, boxed(spec))

@@ -12,11 +12,23 @@ from gemma_mlp.adopt import adopt, qwix_rule, refuse_qwix
 from gemma_mlp.block import add_modules, rms_norm
 from gemma_mlp.config import MLPConfig
 from gemma_mlp.dtypes import accumulation_dtype, compute_dtype
+from gemma_mlp.nnx_weights import (
+    QuantizedParam,
+    QuantizedProjection,
+    add_lora,
+    add_variables,
+    dequantize,
+    merge_lora,
+    quantize,
+    remove_lora,
+    weight_of,
+)
 from gemma_mlp.op.api import mlp, mlp_hidden
-from gemma_mlp.params import WEIGHTS, MLPParams, RMSNormParams, named_leaves
-from gemma_mlp.sharding import leaf_rules
+from gemma_mlp.params import BIASES, WEIGHTS, MLPParams, RMSNormParams, named_leaves
+from gemma_mlp.weights import dense
 
-__all__ = ["MLP", "MLPBlock", "RMSNorm", "adopt"]
+__all__ = ["MLP", "MLPBlock", "QuantizedParam", "QuantizedProjection", "RMSNorm", "adopt"]
+__all__ += ["add_lora", "dequantize", "merge_lora", "quantize", "remove_lora"]
 
 
 class MLP(nnx.Module):
@@ -24,8 +36,11 @@ class MLP(nnx.Module):
 
     Parameters are `gate_proj` [D, F], `up_proj` [D, F], `down_proj` [F, D] and, with `config.use_bias`,
     `gate_bias` [F], `up_bias` [F], `down_bias` [D], annotated with the logical axes `embed` and `mlp`. There is RNG
-    state only if `config.dropout_rate` is positive. Under `nnx.capture(..., nnx.Intermediate)` the hidden activations
-    are sown as `hidden`.
+    state only if `config.dropout_rate` is positive. With `config.weight_dtype` each weight is a module of two arrays,
+    `gate_proj.qvalue` and `gate_proj.scale`; with `config.lora` there are also `gate_proj_lora_a` [D, rank],
+    `gate_proj_lora_b` [rank, F] and so on, each an `nnx.LoRAParam`.
+
+    Under `nnx.capture(..., nnx.Intermediate)` the hidden activations are sown as `hidden`.
 
     A projection may be replaced by a module, such as an `nnx.LoRALinear`. The three projections are then called (the
     bias of this module, if it has one, is added), without the savings of :func:`gemma_mlp.feed_forward`.
@@ -60,10 +75,12 @@ class MLP(nnx.Module):
           rngs: draws the dropout mask instead of the module's own stream.
         """
         key = self._dropout_key(self.deterministic if deterministic is None else deterministic, rngs)
-        if not all(isinstance(getattr(self, name), nnx.Variable) for name in WEIGHTS):
+        weights: dict[str, Any] = {name: weight_of(self, name) for name in WEIGHTS}
+        if any(weight is None for weight in weights.values()):
             return self._by_calls(x, key)
         refuse_qwix(qwix_rule(self))
-        params = MLPParams(**{name: getattr(self, name)[...] for name in named_leaves(MLPParams.specs(self.config))})
+        biases = BIASES if self.config.use_bias else ()
+        params = MLPParams(**weights, **{name: getattr(self, name)[...] for name in biases})
         # `__captures__` is what nnx.capture sets. Outside of it, flax before 0.12.12 turns `sow` into a new attribute.
         if hasattr(self, "__captures__"):
             self.sow(nnx.Intermediate, "hidden", mlp_hidden(params, x, self.config, dropout_key=key))
@@ -80,11 +97,12 @@ class MLP(nnx.Module):
 
         def project(name, x):
             projection, bias = getattr(self, f"{name}_proj"), getattr(self, f"{name}_bias", None)
-            if isinstance(projection, nnx.Variable):
-                dtype = compute_dtype(config.dtype, x=x, weight=projection[...])
-                y = jnp.matmul(x.astype(dtype), projection[...].astype(dtype))
-            else:
+            weight = weight_of(self, f"{name}_proj")
+            if weight is None:
                 y = projection(x)
+            else:
+                dtype = compute_dtype(config.dtype, x=x, weight=weight)
+                y = jnp.matmul(x.astype(dtype), dense(weight, dtype))
             return y if bias is None else y + bias[...].astype(y.dtype)
 
         gate, up = project("gate", x), project("up", x)
@@ -172,9 +190,4 @@ def _own_scale(norm: Any) -> Float[Array, " D"] | None:
 
 def _add_params(module: nnx.Module, specs: MLPParams | RMSNormParams, config: MLPConfig, rngs: nnx.Rngs) -> None:
     for name, spec in named_leaves(specs).items():
-        value = spec.init(rngs.params(), spec.shape, config.param_dtype)
-        # Nothing is sharded here: a model is made with or without a mesh. The rules tell Flax what the names stand for.
-        names: dict[str, Any] = {"out_sharding": spec.axes, "eager_sharding": False}
-        if config.axis_rules is not None:
-            names["sharding_rules"] = leaf_rules(spec.axes, config.axis_rules)
-        setattr(module, name, nnx.Param(value, **names))
+        add_variables(module, name, spec, config, rngs)

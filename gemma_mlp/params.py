@@ -1,15 +1,18 @@
 """The parameters of the MLP and of the block around it, as plain pytrees: one table of leaves, and what follows."""
 
 import dataclasses
+import functools
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple, Self
 
 import jax
+import jax.numpy as jnp
 from jax import export
 from jaxtyping import Array, Float, Key
 
 from gemma_mlp.config import MLPConfig
-from gemma_mlp.weights import axes_of
+from gemma_mlp.weights import LoRAWeight, QuantizedWeight, axes_of, lora_axes, scale_axes
 
 # Every leaf and its axes: D is embed_dim, F is hidden_dim. Weights are stored (in, out).
 LEAVES = {
@@ -25,14 +28,16 @@ LEAVES = {
 WEIGHTS = tuple(name for name, axes in LEAVES.items() if len(axes) == 2)
 NORMS = tuple(name for name in LEAVES if name.endswith("_norm"))
 BIASES = tuple(name for name in LEAVES if name.endswith("_bias"))
-LOGICAL_NAMES = {"D": "embed", "F": "mlp"}  # of the axes, in the words of T5X and MaxText
+LOGICAL_NAMES = {"D": "embed", "F": "mlp"}  # of the axes, in the words of T5X and MaxText; other axes have no name
+# The largest magnitudes of a fresh quantised weight: of int8 and int4 without the lowest number, of IEEE-like e4m3fn.
+LARGEST = {"int8": 127, "int4": 7, "float8_e4m3fn": 448}
 
 
 class LeafSpec(NamedTuple):
     """What is needed to make one leaf."""
 
     shape: tuple[int, ...]
-    axes: tuple[str, ...]  # logical axis names
+    axes: tuple[str | None, ...]  # logical axis names
     init: Callable[..., Array]  # (key, shape, dtype) -> array
 
 
@@ -52,6 +57,49 @@ def leaf_spec(name: str, config: MLPConfig, layers: int | None = None) -> LeafSp
     return LeafSpec(shape, axes, init) if layers is None else LeafSpec((layers, *shape), ("layers", *axes), init)
 
 
+def weight_spec(name: str, config: MLPConfig, layers: int | None = None) -> Any:
+    """The spec of a weight of LEAVES, or a tree of specs if the config asks for quantised weights or adapters.
+
+    A quantised weight is drawn from a uniform distribution of the same variance. lora_a is drawn from He's uniform
+    distribution, as in Flax and qwix; lora_b is zero.
+    """
+    dense, letters = leaf_spec(name, config, layers), LEAVES[name]
+    *lead, contracted, output = dense.shape
+    weight: Any = dense
+
+    def part(shape, axes, init):
+        names = (LOGICAL_NAMES.get(letter) for letter in axes)
+        return LeafSpec((*lead, *shape), (*dense.axes[: len(lead)], *names), init)
+
+    if config.weight_dtype is not None:
+        groups = 1 if config.group_size is None else contracted // config.group_size
+        largest = LARGEST[config.weight_dtype]
+        draw = functools.partial(_uniform, config.weight_dtype, largest)
+        scale = jax.nn.initializers.constant(math.sqrt(3 / contracted) / largest)
+        weight = QuantizedWeight(
+            part((contracted, output), letters, draw), part((groups, output), scale_axes(letters, groups), scale)
+        )
+    if config.lora is not None and name in config.lora.projections:
+        rank, axes = config.lora.rank, lora_axes(letters)
+        draw = jax.nn.initializers.he_uniform(batch_axis=tuple(range(len(lead))))
+        zeros = jax.nn.initializers.zeros
+        lora_a, lora_b = part((contracted, rank), axes[0], draw), part((rank, output), axes[1], zeros)
+        weight = LoRAWeight(weight, lora_a, lora_b, config.lora.factor)
+    return weight
+
+
+def _uniform(weight_dtype, largest, key, shape, dtype):
+    values = jax.random.uniform(key, shape, minval=-largest, maxval=largest)
+    return (values if weight_dtype.startswith("float") else jnp.round(values)).astype(weight_dtype)
+
+
+def init_leaves(specs: Any, key: Key[Array, ""], dtype: Any) -> Any:
+    """A tree like `specs` with an array for each `LeafSpec`, in `dtype` (but qvalues in their own)."""
+    leaves, tree = jax.tree.flatten(specs, is_leaf=lambda node: isinstance(node, LeafSpec))
+    keys = jax.random.split(key, len(leaves))
+    return jax.tree.unflatten(tree, [spec.init(k, spec.shape, dtype) for k, spec in zip(keys, leaves)])
+
+
 def named_leaves(params: Any) -> dict[str, Any]:
     """The leaves of an `MLPParams` or an `RMSNormParams` by name, without those that are None."""
     return {name: leaf for name, leaf in vars(params).items() if leaf is not None}
@@ -69,9 +117,7 @@ class _Params:
     @classmethod
     def init(cls, config: MLPConfig, key: Key[Array, ""]) -> Self:
         """Fresh parameters in `config.param_dtype`."""
-        leaves = named_leaves(cls.specs(config))
-        keys = jax.random.split(key, len(leaves))
-        return cls(**{n: spec.init(k, spec.shape, config.param_dtype) for k, (n, spec) in zip(keys, leaves.items())})
+        return init_leaves(cls.specs(config), key, config.param_dtype)
 
 
 @jax.tree_util.register_dataclass
@@ -79,12 +125,13 @@ class _Params:
 class MLPParams(_Params):
     """Weights of `(activation(x @ gate_proj + gate_bias) * (x @ up_proj + up_bias)) @ down_proj + down_bias`.
 
-    Stored (in, out). The biases are all there or, as in Gemma, all None.
+    Stored (in, out): [D, F], [D, F], [F, D]. Each is an array, a `QuantizedWeight` or a `LoRAWeight`. The biases are
+    all there or, as in Gemma, all None.
     """
 
-    gate_proj: Float[Array, "D F"]
-    up_proj: Float[Array, "D F"]
-    down_proj: Float[Array, "F D"]
+    gate_proj: Any
+    up_proj: Any
+    down_proj: Any
     gate_bias: Float[Array, " F"] | None = None
     up_bias: Float[Array, " F"] | None = None
     down_bias: Float[Array, " D"] | None = None
@@ -92,8 +139,9 @@ class MLPParams(_Params):
     @classmethod
     def specs(cls, config: MLPConfig, layers: int | None = None) -> "MLPParams":
         """The same tree with a `LeafSpec` for each array; with `layers`, for a stack of that many."""
-        names = (*WEIGHTS, *BIASES) if config.use_bias else WEIGHTS
-        return cls(**{name: leaf_spec(name, config, layers) for name in names})  # pyright: ignore[reportArgumentType]
+        specs: dict[str, Any] = {name: weight_spec(name, config, layers) for name in WEIGHTS}
+        biases = BIASES if config.use_bias else ()
+        return cls(**specs, **{name: leaf_spec(name, config, layers) for name in biases})  # pyright: ignore
 
 
 @jax.tree_util.register_dataclass

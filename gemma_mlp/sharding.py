@@ -108,9 +108,10 @@ def optimizer_shardings(optimizer: optax.GradientTransformation, params: Any, sh
     )
 
 
-def leaf_rules(axes: tuple[str, ...], rules: Rules) -> Rules:
+def leaf_rules(axes: tuple[str | None, ...], rules: Rules) -> Rules:
     """`rules` for a leaf with these logical axes, by which no mesh axis splits two of them; Flax does not look."""
-    return (*zip(axes, partition_spec(axes, rules)), *(rule for rule in rules if rule[0] not in axes))
+    named = ((name, split) for name, split in zip(axes, partition_spec(axes, rules)) if name is not None)
+    return (*named, *(rule for rule in rules if rule[0] not in axes))
 
 
 def activation_sharding(shape: tuple[int, ...], mesh: Mesh, rules: Rules = RULES) -> NamedSharding:

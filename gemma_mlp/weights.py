@@ -17,7 +17,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import export
-from jaxtyping import Array, Float, Num
+from jaxtyping import Array
 
 from gemma_mlp.checks import describe, require, require_choice
 from gemma_mlp.dtypes import DTYPES, accumulation_dtype
@@ -39,8 +39,8 @@ class QuantizedWeight:
       scale: [groups, out], a floating-point dtype, which counts as the weight's dtype.
     """
 
-    qvalue: Num[Array, "in out"]
-    scale: Float[Array, "groups out"]
+    qvalue: Any
+    scale: Any
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -73,8 +73,8 @@ class LoRAWeight:
     """
 
     base: Any
-    lora_a: Float[Array, "in rank"]
-    lora_b: Float[Array, "rank out"]
+    lora_a: Any
+    lora_b: Any
     factor: float = 1.0
 
     @property
@@ -136,16 +136,25 @@ def scales_per_channel(weight: QuantizedWeight) -> bool:
     return weight.scale.shape[-2] == 1
 
 
-def axes_of(weight: Any, axes: str) -> Any:
-    """A tree like `weight` with the letters of each array's axes; those of the dense weight are `axes`, such as DF.
+def scale_axes(axes: str, groups: int) -> str:
+    """The letters of a scale's axes; those of the dense weight are `axes`, such as DF.
 
-    1 is an axis of size 1, r that of the rank. A scale's groups lie along the first axis, and have its letter.
+    Groups along F are split and sliced like F. Other groups (g) are not: along D they are few.
     """
+    return ("F" if groups > 1 and axes[0] == "F" else "g") + axes[1]
+
+
+def lora_axes(axes: str) -> tuple[str, str]:
+    """The letters of the axes of lora_a and lora_b; those of the dense weight are `axes`. r is the rank."""
+    return axes[0] + "r", "r" + axes[1]
+
+
+def axes_of(weight: Any, axes: str) -> Any:
+    """A tree like `weight` with the letters of each array's axes; those of the dense weight are `axes`."""
     if isinstance(weight, QuantizedWeight):
-        groups = "1" if scales_per_channel(weight) else axes[0]
-        return QuantizedWeight(axes, groups + axes[1])  # pyright: ignore[reportArgumentType]
+        return QuantizedWeight(axes, scale_axes(axes, weight.scale.shape[-2]))
     if isinstance(weight, LoRAWeight):
-        return LoRAWeight(axes_of(weight.base, axes), axes[0] + "r", "r" + axes[1], weight.factor)  # pyright: ignore[reportArgumentType]
+        return LoRAWeight(axes_of(weight.base, axes), *lora_axes(axes), weight.factor)
     return axes
 
 

@@ -33,9 +33,9 @@ FLOORS = [
     {"op.vjp", "op.tpu", "layouts"},
     {"op.choose"},
     {"op.api", "checkpoint.addresses", "checkpoint.loading", "checkpoint.safetensors_folder"},
-    {"adopt", "block", "checkpoint.config_json", "checkpoint.low_bit", "checkpoint.orbax", "checkpoint.peft_adapters"},
-    {"nnx", "linen", "checkpoint.compressed", "checkpoint.gguf_file", "testing.stacks"},
-    {"checkpoint.huggingface"},
+    {"nnx_weights", "adopt", "block", "checkpoint.config_json", "checkpoint.low_bit"},
+    {"checkpoint.orbax", "checkpoint.peft_adapters", "checkpoint.compressed", "checkpoint.gguf_file"},
+    {"nnx", "linen", "checkpoint.huggingface", "testing.stacks"},
     {"checkpoint"},
 ]
 EMPTY = {"__init__", "op", "testing"}  # packages that hold no names of their own

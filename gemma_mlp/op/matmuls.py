@@ -53,9 +53,9 @@ def weight_gradient(op: Op, weight: Any, wanted: Any, x: Array, dy: Array) -> An
         base = weight_gradient(op, weight.base, wanted.base, x, dy)
         da = outer(op, x, factor * matmul(op, op.wide, dy, b, transpose=True), a.dtype) if wanted.lora_a else None
         db = outer(op, factor * matmul(op, op.wide, x, a), dy, b.dtype) if wanted.lora_b else None
-        return LoRAWeight(base, da, db, factor)  # pyright: ignore[reportArgumentType]
+        return LoRAWeight(base, da, db, factor)
     if isinstance(weight, QuantizedWeight):
-        return QuantizedWeight(None, None)  # pyright: ignore[reportArgumentType]
+        return QuantizedWeight(None, None)
     return outer(op, x, dy, weight.dtype) if wanted else None
 
 

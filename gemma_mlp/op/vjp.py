@@ -117,7 +117,7 @@ def _save_for_backward(op, params, x, dropout_key):
 def _backward(op, residuals, dy_BD):
     params, x, saved, wanted = residuals.params, residuals.x, residuals.saved, residuals.wanted
     if isinstance(dy_BD, SymbolicZero):
-        dy_BD = jnp.zeros(dy_BD.aval.shape, dy_BD.aval.dtype)
+        dy_BD = jnp.zeros(x.shape, op.dtype)
     if not all(jax.tree.leaves(wanted)):  # these kernels compute the gradients of all weights
         op = op._replace(backend=op.backend._replace(backward=None, weight_backward=None))
     if op.backend.backward is not None and not saved:

@@ -1,0 +1,219 @@
+"""The weights of an NNX MLP as variables: dense, quantised and adapted; and modules converted in place.
+
+| weight | variables of the MLP |
+|---|---|
+| dense | `gate_proj`, an `nnx.Param` |
+| quantised | `gate_proj.qvalue` and `gate_proj.scale`, each a :class:`QuantizedParam` |
+| adapted | those of its base, and `gate_proj_lora_a`, `gate_proj_lora_b`, each an `nnx.LoRAParam` |
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from gemma_mlp import adapters, quantization
+from gemma_mlp.checks import describe, require
+from gemma_mlp.config import LoRA, MLPConfig
+from gemma_mlp.params import LEAVES, LOGICAL_NAMES, WEIGHTS, LeafSpec
+from gemma_mlp.sharding import leaf_rules
+from gemma_mlp.weights import LORA, LoRAWeight, QuantizedWeight, known_weight, lora_axes, scale_axes
+
+M = TypeVar("M", bound=nnx.Module)
+
+
+class QuantizedParam(nnx.Variable):
+    """An array of a quantised weight. It is frozen, and so no `nnx.Param`: `nnx.grad` and optimizers pass it by."""
+
+
+class QuantizedProjection(nnx.Module):
+    """A quantised weight of an :class:`gemma_mlp.nnx.MLP`, as `gemma_mlp.QuantizedWeight`."""
+
+    def __init__(self, qvalue: QuantizedParam, scale: QuantizedParam):
+        self.qvalue = qvalue
+        self.scale = scale
+
+
+def weight_of(mlp: nnx.Module, name: str) -> Any:
+    """The weight `name` of an MLP as the feed-forward takes it; None if a module of somebody else's is in its place."""
+    projection = getattr(mlp, name)
+    if isinstance(projection, QuantizedProjection):
+        weight = QuantizedWeight(projection.qvalue.get_value(), projection.scale.get_value())
+    elif isinstance(projection, nnx.Variable):
+        weight = projection.get_value()
+    else:
+        return None
+    lora_a, lora_b = (getattr(mlp, f"{name}_{part}", None) for part in LORA)
+    if lora_a is None or lora_b is None:
+        return weight
+    return LoRAWeight(weight, lora_a.get_value(), lora_b.get_value(), lora_b.get_metadata().get("factor", 1.0))
+
+
+def add_variables(module: nnx.Module, name: str, spec: Any, config: MLPConfig, rngs: nnx.Rngs) -> None:
+    """Makes the variables of one leaf of `MLPParams.specs(config)` or `RMSNormParams.specs(config)`."""
+
+    def variable(kind, spec: LeafSpec, **metadata):
+        names = names_of(spec.axes, config)
+        return kind(spec.init(rngs.params(), spec.shape, config.param_dtype), **names, **metadata)
+
+    if isinstance(spec, LoRAWeight):
+        add_variables(module, name, spec.base, config, rngs)
+        lora_a, lora_b = (variable(nnx.LoRAParam, getattr(spec, part), factor=spec.factor) for part in LORA)
+        setattr(module, f"{name}_lora_a", lora_a)
+        setattr(module, f"{name}_lora_b", lora_b)
+    elif isinstance(spec, QuantizedWeight):
+        parts = (variable(QuantizedParam, part) for part in (spec.qvalue, spec.scale))
+        setattr(module, name, QuantizedProjection(*parts))
+    else:
+        setattr(module, name, variable(nnx.Param, spec))
+
+
+def names_of(axes: Sequence[str | None], config: MLPConfig) -> dict[str, Any]:
+    """The metadata of a variable with these logical axes."""
+    # Nothing is sharded here: a model is made with or without a mesh. The rules tell Flax what the names stand for.
+    names: dict[str, Any] = {"out_sharding": tuple(axes), "eager_sharding": False}
+    if config.axis_rules is not None:
+        names["sharding_rules"] = leaf_rules(tuple(axes), config.axis_rules)
+    return names
+
+
+def quantize(module: M, dtype: Any, group_size: int | None = None) -> M:
+    """Quantises the weights of each :class:`gemma_mlp.nnx.MLP` in `module`, in place, and returns `module`.
+
+    As :func:`gemma_mlp.quantize`, with its arguments and errors. Each dense weight becomes a `QuantizedProjection` with
+    the variables `qvalue` and `scale`, of type `QuantizedParam`. `config.weight_dtype` and `config.group_size` say so.
+    Adapters stay.
+
+    Raises:
+      ValueError: also if there is no such MLP in `module`, or a projection is a module of another kind.
+    """
+
+    def converted(config):
+        name = jnp.dtype(dtype).name
+        return dataclasses.replace(config, weight_dtype=name, group_size=group_size)
+
+    return _convert(module, lambda weights: quantization.quantize(weights, dtype, group_size), converted)
+
+
+def dequantize(module: M, dtype: Any = None) -> M:
+    """Makes the quantised weights of each :class:`gemma_mlp.nnx.MLP` in `module` dense again, and returns `module`.
+
+    As :func:`gemma_mlp.dequantize`, in place.
+    """
+
+    def converted(config):
+        return dataclasses.replace(config, weight_dtype=None, group_size=None)
+
+    return _convert(module, lambda weights: quantization.dequantize(weights, dtype), converted)
+
+
+def add_lora(
+    module: M,
+    rank: int,
+    alpha: float | None = None,
+    *,
+    rngs: nnx.Rngs,
+    use_rslora: bool = False,
+    projections: Sequence[str] = WEIGHTS,
+) -> M:
+    """Gives each :class:`gemma_mlp.nnx.MLP` in `module` LoRA adapters, in place, and returns `module`.
+
+    The weights may be dense or quantised. Train the adapters alone with `nnx.DiffState(0, nnx.LoRAParam)` and
+    `nnx.Optimizer(model, optimizer, wrt=nnx.LoRAParam)`: the weights' gradients are then neither computed nor stored.
+
+    Args:
+      module: an MLP, or a model with MLPs.
+      rank, alpha, use_rslora, projections: as in `gemma_mlp.LoRA`. The factor is kept as metadata of the variables.
+      rngs: `params` draws lora_a; lora_b is zero, so that nothing changes before training.
+
+    Raises:
+      ValueError: as `gemma_mlp.LoRA` and :func:`gemma_mlp.add_lora` do, or if there is no such MLP in `module`.
+    """
+    lora = LoRA(rank, alpha, use_rslora, tuple(projections))
+    return _convert(
+        module,
+        lambda weights: adapters.add_lora(weights, lora, rngs.params()),
+        lambda config: dataclasses.replace(config, lora=lora),
+    )
+
+
+def merge_lora(module: M) -> M:
+    """Adds the adapters of each :class:`gemma_mlp.nnx.MLP` in `module` to its weights, in place, and returns `module`.
+
+    As :func:`gemma_mlp.merge_lora`, which quantises a quantised base again.
+    """
+    return _convert(module, adapters.merge_lora, lambda config: dataclasses.replace(config, lora=None))
+
+
+def remove_lora(module: M) -> M:
+    """Takes the adapters off each :class:`gemma_mlp.nnx.MLP` in `module`, in place, and returns `module`."""
+    return _convert(module, adapters.remove_lora, lambda config: dataclasses.replace(config, lora=None))
+
+
+def put_weights(mlp: nnx.Module, weights: dict[str, Any]) -> None:
+    """Replaces the variables of an MLP's weights by those of `weights`, with the names of the axes that they had."""
+    for name, weight in weights.items():
+        base = weight.base if isinstance(weight, LoRAWeight) else weight
+        projection: Any = getattr(mlp, name)
+        old = projection.qvalue if isinstance(projection, QuantizedProjection) else projection
+        if isinstance(base, QuantizedWeight):
+            qvalue = _variable_like(QuantizedParam, base.qvalue, old, LEAVES[name], mlp)
+            groups = scale_axes(LEAVES[name], base.scale.shape[-2])
+            scale = _variable_like(QuantizedParam, base.scale, old, groups, mlp)
+            setattr(mlp, name, QuantizedProjection(qvalue, scale))
+        elif isinstance(old, nnx.Param):
+            old.set_value(base)
+        else:
+            setattr(mlp, name, _variable_like(nnx.Param, base, old, LEAVES[name], mlp))
+        for part, axes in zip(LORA, lora_axes(LEAVES[name])):
+            attribute = f"{name}_{part}"
+            if isinstance(weight, LoRAWeight):
+                value = _variable_like(nnx.LoRAParam, getattr(weight, part), old, axes, mlp, factor=weight.factor)
+                setattr(mlp, attribute, value)
+            elif hasattr(mlp, attribute):
+                delattr(mlp, attribute)
+
+
+def _convert(module: M, change: Callable[[dict[str, Any]], Any], configured: Callable[[MLPConfig], MLPConfig]) -> M:
+    mlps = list(_mlps(module))
+    require(
+        bool(mlps),
+        "The module must be a gemma_mlp.nnx.MLP, or hold one.",
+        f"a {describe(module)} without one",
+        "for another library's MLP use its own ways, such as nnx.LoRA or qwix.",
+    )
+    changed = [change({name: _own_weight(mlp, name) for name in WEIGHTS}) for mlp in mlps]
+    for mlp, weights in zip(mlps, changed):  # only once all of them could be changed
+        put_weights(mlp, weights)
+    for _, child in nnx.iter_modules(module):
+        config, inner = getattr(child, "config", None), getattr(child, "mlp", child)
+        if isinstance(config, MLPConfig) and any(inner is mlp for mlp in mlps):  # an MLP, or the block around it
+            child.config = configured(config)  # pyright: ignore[reportAttributeAccessIssue]
+    return module
+
+
+def _mlps(module: nnx.Module) -> Iterator[Any]:
+    for _, child in nnx.iter_modules(module):
+        if isinstance(getattr(child, "config", None), MLPConfig) and all(hasattr(child, name) for name in WEIGHTS):
+            yield child
+
+
+def _own_weight(mlp: nnx.Module, name: str) -> Any:
+    weight = known_weight(weight_of(mlp, name))
+    require(
+        weight is not None,
+        f"{name} must be a variable of the MLP.",
+        f"a {describe(getattr(mlp, name))}",
+        "convert the MLP before you replace its projections by modules.",
+    )
+    return weight
+
+
+def _variable_like(kind: Any, value: jax.Array, old: nnx.Variable, axes: str, mlp: Any, **metadata: Any) -> Any:
+    """A variable on the axes of this weight, with those in front (of a stack of layers) that `old` has."""
+    names = old.get_metadata().get("out_sharding") or ()
+    lead = names[: len(names) - 2]
+    return kind(value, **names_of((*lead, *(LOGICAL_NAMES.get(axis) for axis in axes)), mlp.config), **metadata)
