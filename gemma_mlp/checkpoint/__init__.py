@@ -14,6 +14,8 @@ from gemma_mlp.checkpoint.huggingface import update_huggingface as update_huggin
 from gemma_mlp.checkpoint.huggingface import write_huggingface as write_huggingface
 from gemma_mlp.checkpoint.orbax import orbax_shapes as orbax_shapes
 from gemma_mlp.checkpoint.orbax import read_orbax as read_orbax
+from gemma_mlp.checkpoint.orbax import read_orbax_adapters as read_orbax_adapters
 from gemma_mlp.checkpoint.orbax import write_orbax as write_orbax
+from gemma_mlp.checkpoint.orbax import write_orbax_adapters as write_orbax_adapters
 from gemma_mlp.checkpoint.peft_adapters import read_adapters as read_adapters
 from gemma_mlp.checkpoint.peft_adapters import write_adapters as write_adapters
