@@ -173,9 +173,11 @@ def _of_deepmind(number: int, of_layer: Mapping[str, Adapter], widen: bool) -> d
         contracted, output = (sizes[axis] for axis in LEAVES[name])
         nothing = Adapter(jnp.zeros((contracted, 0), *dtypes), jnp.zeros((0, output), *dtypes))
         a, b, factor = of_layer.get(name, nothing)
-        scaled = b * jnp.asarray(factor, b.dtype)
+        mantissa, exponent = math.frexp(factor)
+        power = jnp.asarray(factor if abs(exponent) < 64 else 1, b.dtype)
+        scaled = b * power
         require(
-            math.frexp(factor)[0] == 0.5 and bool((scaled / jnp.asarray(factor, b.dtype) == b).all()),
+            mantissa == 0.5 and float(power) == factor and bool(jnp.array_equal(scaled / power, b, equal_nan=True)),
             "DeepMind's adapters have no factor. So it must be a power of two, by which lora_b is multiplied exactly.",
             f"factor {factor} for {name} of layer {number}",
             "multiply lora_b by it yourself, which rounds, and give the factor 1.",
