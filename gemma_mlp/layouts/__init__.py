@@ -2,6 +2,7 @@
 
 from gemma_mlp.layouts.adapters import (
     Adapter,
+    Adapters,
     adapters_from_deepmind,
     adapters_to_deepmind,
     extract_adapters,
@@ -22,7 +23,7 @@ from gemma_mlp.layouts.libraries import (
 )
 from gemma_mlp.layouts.trees import flatten, from_tree, make_params, stack, to_tree, unstack
 
-__all__ = ["LAYOUTS", "Adapter", "Layout", "Stored", "detect"]
+__all__ = ["LAYOUTS", "Adapter", "Adapters", "Layout", "Stored", "detect"]
 __all__ += ["deepmind", "deepmind_flat", "deepmind_stacked", "gemma_mlp", "huggingface", "maxtext", "t5x", "tunix"]
 __all__ += ["flatten", "from_tree", "make_params", "stack", "to_tree", "unstack"]
 __all__ += ["adapters_from_deepmind", "adapters_to_deepmind", "extract_adapters", "insert_adapters"]

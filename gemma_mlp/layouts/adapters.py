@@ -161,10 +161,8 @@ def _of_deepmind(number: int, of_layer: Mapping[str, Adapter], widen: bool) -> d
     received, fix = f"none for {', '.join(missing)} in layer {number}", "pass widen=True, which writes zeros there."
     require(widen or not missing, f"There must be adapters for {', '.join(WEIGHTS)}.", received, fix)
     dtypes = {matrix.dtype for a, b, _ in of_layer.values() for matrix in (a, b)}
-    fix = "cast them to one."
-    require(
-        len(dtypes) == 1, f"The adapters of layer {number} must have one dtype.", str(sorted(map(str, dtypes))), fix
-    )
+    received, fix = ", ".join(sorted(map(str, dtypes))), "cast them to one."
+    require(len(dtypes) == 1, f"The adapters of layer {number} must have one dtype.", received, fix)
     sizes: dict[str, int] = {}
     for name, (a, b, _) in of_layer.items():
         sizes |= dict(zip(LEAVES[name], (a.shape[0], b.shape[1])))
