@@ -44,7 +44,7 @@ def read_huggingface(
 
     It returns only if every tensor is there, has the shape that config.json says, and is finite. Besides the result,
     at most one tensor is in memory. Weights of few bits, as compressed-tensors writes them, come as
-    `gemma_mlp.QuantizedWeight`s. This folder's README says which formats are read.
+    `gemma_mlp.QuantizedWeight`s. This folder's README says which are read, and what they need while they are decoded.
 
     Args:
       folder: holds config.json and safetensors, in one file or in shards with an index. It must be on this disk: a URL

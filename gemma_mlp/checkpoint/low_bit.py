@@ -1,6 +1,6 @@
 """Puts layers with quantised weights, which a reader decodes into NumPy arrays, onto devices, and checks them.
 
-Besides the result, one weight is in host memory, and one of each layer if the layers are stacked.
+One weight at a time is decoded in host memory. For a stack, those of all layers wait there.
 """
 
 import dataclasses

@@ -7,6 +7,7 @@ import gguf
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 import safetensors.numpy
 from absl import flags
@@ -115,6 +116,27 @@ def test_a_compressed_folder(tmp_path):
     low = checkpoint.read_orbax(tmp_path / "low", CONFIG)
     np.testing.assert_array_equal(low[1].mlp.up_proj.qvalue, tensors["model.layers.1.mlp.up_proj.weight"].T)
     assert equal(low[1].pre_norm, params[1].pre_norm)
+
+
+def test_int_wrapper_of_deepmind(tmp_path):
+    """Each of its scales is a power of two, whose reciprocal is exact."""
+    tree = by_hand.deepmind(by_hand.arrays(CONFIG, LAYERS), True)
+    rng = np.random.default_rng(0)
+    for layer in tree.values():
+        layer["mlp"] = {
+            f"_IntEinsum_{name}": {
+                "kernel": jnp.asarray(rng.integers(-8, 8, shape), "int4"),
+                "scale": jnp.asarray(2.0 ** rng.integers(0, 9, (*shape[:-2], *of_scale))),
+            }
+            for name, shape, of_scale in (("gating_einsum", (2, F, D), (F, 1)), ("linear", (F, D), (1, D)))
+        }
+    with ocp.PyTreeCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "theirs", tree)
+    run(f"--source={tmp_path / 'theirs'}", *ORBAX, f"--target={tmp_path / 'low'}", "--to=gemma_mlp")
+    up = checkpoint.read_orbax(tmp_path / "low", CONFIG)[1].mlp.up_proj
+    gating = tree["layer_1"]["mlp"]["_IntEinsum_gating_einsum"]
+    np.testing.assert_array_equal(up.qvalue.astype("int8"), gating["kernel"][1].T.astype("int8"))
+    np.testing.assert_array_equal(up.scale, 1 / gating["scale"][1].T)
 
 
 def adapters(params, factor=0.5, share=True):
