@@ -8,7 +8,7 @@ def get_config(size: str = "2b") -> ml_collections.ConfigDict:
     config.preset = f"gemma2_{size}"
     config.workdir = f"runs/plan-{size}"  # receives plan.json
 
-    config.target = "v5e:16x16"  # the chips; other targets are v5p:8x8x8, v6e:16x16 and h200:8
+    config.target = "v5e:16x16"  # the chips; other targets are v5p:8x8x8, v6e:16x16, tpu7x:2x2x1 and h200:8
     config.program = "train"  # or forward
     config.tokens = 8192  # the length of a sequence; a batch has data x fsdp sequences
 

@@ -48,7 +48,8 @@ def adopt(module: M, config: MLPConfig) -> M:
 
     - if a projection has an adapter (`nnx.LoRA`, `nnx.LoRALinear`, qwix's or Tunix's LoRA) or a quantised kernel, or if
       qwix is rewriting its matmuls;
-    - under `nnx.capture`, so that each projection's output can be captured.
+    - under `nnx.capture`, so that each projection's output can be captured;
+    - if the Flax example's `sow_config` asks for the largest elements of h (`mlp_hidden_topk`).
 
     A call takes what the module's own call takes. `intermediate_sharding` and `out_sharding` (a `NamedSharding` or a
     `PartitionSpec`) say how h and y are split over the mesh in force. Other arguments must not ask for anything.
@@ -102,7 +103,7 @@ def _adopted(kind: Any, names: tuple[str, ...]) -> Any:
     @functools.wraps(original)
     def __call__(self, x, *args, **kwargs):  # noqa: N807
         projections = [getattr(self, name) for name in names]
-        if hasattr(self, "__captures__") or not all(map(_is_plain, projections)):
+        if hasattr(self, "__captures__") or _sows(self) or not all(map(_is_plain, projections)):
             return original(self, x, *args, **kwargs)
         config = dataclasses.replace(self.gemma_mlp_config, dtype=_dtype(projections, self.gemma_mlp_config))
         return compute(kind.__name__, config, _params(projections), x, *args, **kwargs)
@@ -137,6 +138,11 @@ def _children(module: Any) -> Iterator[tuple[str, Any]]:
         if isinstance(module, nnx.Module)
         else iter(())
     )
+
+
+def _sows(module: Any) -> bool:
+    """Whether the module's own call stores a part of h in the module. Flax's example has an option for that."""
+    return bool(getattr(getattr(module, "sow_config", None), "mlp_hidden_topk", 0))
 
 
 def _kernel(projection: Any) -> Any:

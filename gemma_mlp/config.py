@@ -66,7 +66,8 @@ class MLPConfig:
     """Sizes and numerics of one feed-forward block.
 
     `activation`, `dropout_rate`, `dtype`, `save`, `chunk_size`, `axis_rules` and `implementation` are as in
-    :func:`gemma_mlp.feed_forward`. The others:
+    :func:`gemma_mlp.feed_forward`. Inside your own remat set `save="gate_up"`, or use the policy named there: with
+    `input` plain remat recomputes gate and up twice. The others:
 
     Attributes:
       embed_dim: D, the width of the residual stream.

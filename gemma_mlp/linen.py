@@ -188,7 +188,8 @@ def _leaf(module, name, spec, config):
             make = boxed(getattr(spec, part))
             return nn.unbox(module.variable("lora", f"{name}_{part}", lambda: make(module.make_rng("params"))).value)
 
-        return LoRAWeight(_leaf(module, name, spec.base, config), *map(adapter, LORA), spec.factor)
+        lora_a, lora_b = map(adapter, LORA)
+        return LoRAWeight(_leaf(module, name, spec.base, config), lora_a, lora_b, spec.factor)
     if isinstance(spec, QuantizedWeight):
         return module.param(name, lambda key: QuantizedWeight(boxed(spec.qvalue)(key), boxed(spec.scale)(key)))
     return module.param(name, boxed(spec))

@@ -259,6 +259,13 @@ def test_capture_sees_every_projection():
     assert_close(y, module(X))
 
 
+@pytest.mark.parametrize("top_k", [0, 2])
+def test_a_part_of_h_that_the_flax_example_sows_is_sown(top_k):
+    module = gemma_mlp.nnx.adopt(FlaxExample(nnx.Rngs(0)), CONFIG)
+    module.sow_config = Parts(mlp_hidden_topk=top_k)
+    assert is_ours(module) == (top_k == 0)
+
+
 @pytest.mark.parametrize("dtype", [None, "bfloat16"])
 def test_the_compute_dtype_is_the_configs_or_the_projections(dtype):
     module = MaxText(nnx.Rngs(0), dtype=jnp.bfloat16)

@@ -44,6 +44,14 @@ QUICK = [
 ]
 
 
+@pytest.fixture(autouse=True, scope="module")
+def quick_to_compile():
+    """Nearly all of the time is LLVM's, which need not optimise programs of this size. XLA's own passes all run."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
 def rows():
     """Every program with each `save`, with and without chunks, and with each number of tokens; but not all at once."""
     for i, name in enumerate(PROGRAMS):

@@ -107,7 +107,7 @@ def compile_for(
 
     Args:
       target: one of
-        "tpu CHIP:TOPOLOGY", such as "tpu v5e:2x2", "tpu v5p:2x2x1" or "tpu v6e:16x16";
+        "tpu CHIP:TOPOLOGY", such as "tpu v5e:2x2", "tpu v5p:2x2x1", "tpu v6e:16x16" or "tpu tpu7x:2x2x1";
         "h200" for one GPU, "h200:4" for several GPUs of one host, "h200:16" for two hosts of eight GPUs each;
         "cpu" for this machine's own CPU.
       function: a function of arrays, which `jax.jit` can trace.

@@ -53,7 +53,9 @@ def feed_forward(
         common type of `params` and `x`.
       dropout_rate: the share of h that is set to zero; the rest is divided by 1 - dropout_rate. 0 needs no key.
       dropout_key: draws the mask for a positive dropout_rate.
-      save: what is saved for the backward pass in addition to `params` and `x`. `input`: nothing; gate and up are
+      save: inside your own `jax.checkpoint`, `nnx.remat` or `nn.remat` use `gate_up`, or any with the policy
+        `jax.checkpoint_policies.save_only_these_names("mlp_out")`; with `input` plain remat recomputes gate and up
+        twice. What is saved for the backward pass in addition to `params` and `x`. `input`: nothing; gate and up are
         recomputed, which is two more matmuls. `gate_up`: gate and up in the compute dtype, two arrays [*B, F]. Both
         support reverse mode and forward-over-reverse only. `autodiff`: what JAX saves by itself, eight arrays [*B, F],
         seven of them float32; forward mode (`jax.jvp`, `jax.jacfwd`) works, and bfloat16 gradients are rounded in
@@ -146,7 +148,7 @@ def _mlp(config, params, x, dropout_key):
         repr(config.save),
         "change save, or use implementation='xla'.",
     )
-    params, x = ensure_finite("params", vjp.frozen(params)), ensure_finite("x", x)
+    params, x = ensure_finite("params", params), ensure_finite("x", x)
     run = placed_automatically(functools.partial(vjp.run, op), lambda params, x, key: spec_of(x))
     return ensure_finite("y", run(*vary_alike((params, x, dropout_key))))
 
@@ -155,7 +157,7 @@ def _mlp(config, params, x, dropout_key):
 def _mlp_hidden(config, params, x, dropout_key):
     op = _checked_op(params, x, config, dropout_key)
     run = placed_automatically(functools.partial(vjp.run_hidden, op), _hidden_spec)
-    return run(*vary_alike((vjp.frozen(params), x, dropout_key)))
+    return run(*vary_alike((params, x, dropout_key)))
 
 
 def _hidden_spec(params, x, dropout_key) -> PartitionSpec:

@@ -55,8 +55,8 @@ class Op(NamedTuple):
     dtype: Any  # the compute dtype
     dropout_rate: float = 0.0  # 0 where dropout is off
     backend: Backend = XLA  # whose kernels run
-    # True inside the branch for a CPU, False elsewhere. None with `save="autodiff"`, which has no such branch: there
-    # each matmul finds out when the program is lowered.
+    # True inside the branch for a CPU, False elsewhere, also where CPUs have no branch of their own. None with
+    # `save="autodiff"`: there each matmul finds out when the program is lowered.
     on_cpu: bool | None = False
     round_between: bool = True  # whether gate, up and dh are rounded to `dtype` where they are stored between matmuls
 

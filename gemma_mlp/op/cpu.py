@@ -52,4 +52,5 @@ def chunk_size(shape, dtype) -> int | None:
         return None
     # 512 tokens of bfloat16 need gate and up in float32 besides h, so that they too are taken in two chunks.
     least = 2 if dtype == jnp.bfloat16 else 1
-    return ceil_div(shape[-2], max(least, ceil_div(tokens, CHUNK_TOKENS)))
+    chunks = max(least, ceil_div(tokens, CHUNK_TOKENS))
+    return None if chunks == 1 else ceil_div(shape[-2], chunks)

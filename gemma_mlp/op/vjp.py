@@ -31,7 +31,7 @@ from gemma_mlp.weights import QuantizedWeight
 def run(op: Op, params: MLPParams, x: Float[Array, "*B D"], dropout_key: Key[Array, ""] | None) -> Float[Array, "*B D"]:
     """y, in `op.dtype`."""
     if op.config.save == "autodiff":
-        return _forward(op._replace(on_cpu=None, round_between=False), params, x, dropout_key)[0]
+        return _forward(op._replace(on_cpu=None, round_between=False), _frozen(params), x, dropout_key)[0]
     return _feed_forward(op, params, x, dropout_key)
 
 
@@ -41,46 +41,53 @@ def run_hidden(
     """h, in `op.dtype`."""
     if op.backend.hidden is not None:
         return _hidden_by_kernel(op, params, x)
-    return _by_platform(op, xla.hidden, params, x, xla.dropout_mask(op, params, x, dropout_key))[0]
+    return _by_platform(op, xla.hidden, _frozen(params), x, xla.dropout_mask(op, params, x, dropout_key))[0]
 
 
-def frozen(params: MLPParams) -> MLPParams:
-    """`params`, of which the quantised weights refuse to be differentiated."""
+def _frozen(params: MLPParams) -> MLPParams:
+    """`params`, of which the quantised weights refuse to be differentiated where JAX differentiates by itself."""
+    return jax.tree.map(lambda w: _identity(w) if _is_quantized(w) else w, params, is_leaf=_is_quantized)
 
-    def is_quantized(node):
-        return isinstance(node, QuantizedWeight)
 
-    return jax.tree.map(lambda w: _frozen(w) if is_quantized(w) else w, params, is_leaf=is_quantized)
+def _is_quantized(node):
+    return isinstance(node, QuantizedWeight)
 
 
 @jax.custom_vjp
-def _frozen(weight):
+def _identity(weight):
     return weight
 
 
-def _refuse_gradient(weight):
+def _forward_of_identity(weight):
+    _refuse_frozen(weight)
+    return custom_vjp_primal_tree_values(weight), None
+
+
+_identity.defvjp(_forward_of_identity, lambda _, cotangent: (None,), symbolic_zeros=True)
+
+
+def _refuse_frozen(primals):
+    """Raises ValueError if a derivative with respect to a quantised weight is asked for."""
+    weights = filter(_is_quantized, jax.tree.leaves(primals, is_leaf=_is_quantized))
     require(
-        not any(primal.perturbed for primal in jax.tree.leaves(weight)),
+        not any(primal.perturbed for primal in jax.tree.leaves(list(weights))),
         "Quantised weights are frozen: they have no gradient.",
         "a derivative with respect to a quantised weight or its scales",
         "differentiate with respect to x, norms and adapters (add_lora) alone, or call dequantize.",
     )
-    return custom_vjp_primal_tree_values(weight), None
-
-
-_frozen.defvjp(_refuse_gradient, lambda _, cotangent: (None,), symbolic_zeros=True)
 
 
 def _directly(op, function, *args):
     return function(op, *args)
 
 
-def _by_platform(op, function, *args):
-    """function(op, *args) in two branches, for a CPU and for other platforms. A CPU does not round between matmuls.
+def _by_platform(op, function, *args, differs=False):
+    """function(op, *args), in two branches, for a CPU and for other platforms, where their programs differ.
 
+    In bfloat16 they do, because a CPU does not round between matmuls. Otherwise the caller says whether they differ.
     Kernels are for one platform and need no branches.
     """
-    if op.backend != XLA:
+    if op.backend != XLA or not (differs or op.dtype == jnp.bfloat16):
         return function(op, *args)
     on_cpu = functools.partial(function, op._replace(on_cpu=True, round_between=False))
     return lax.platform_dependent(*args, cpu=on_cpu, default=functools.partial(function, op))
@@ -88,7 +95,8 @@ def _by_platform(op, function, *args):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _feed_forward(op, params, x, dropout_key):
-    return _by_platform(op, _forward, params, x, dropout_key)[0]
+    in_chunks = op.config.chunk_size is None and cpu.chunk_size(x.shape, op.dtype) is not None
+    return _by_platform(op, _forward, params, x, dropout_key, differs=in_chunks)[0]
 
 
 @functools.partial(
@@ -106,6 +114,7 @@ class _Residuals:
 
 
 def _save_for_backward(op, params, x, dropout_key):
+    _refuse_frozen(params)
     wanted = jax.tree.map(lambda primal: primal.perturbed, params)
     params, x, dropout_key = custom_vjp_primal_tree_values((params, x, dropout_key))
     save_gate_up = op.config.save == "gate_up"  # else `input`, which saves nothing more
@@ -125,7 +134,7 @@ def _backward(op, residuals, dy_BD):
         return dparams, dx_BD.astype(x.dtype), None
     mask_BF = xla.dropout_mask(op, params, x, residuals.dropout_key)
     gradients = functools.partial(_gradients, wanted)
-    return *_by_platform(op, gradients, params, x, mask_BF, saved, dy_BD), None
+    return *_by_platform(op, gradients, params, x, mask_BF, saved, dy_BD, differs=not saved), None
 
 
 def _gradients(wanted, op, params, *arrays):

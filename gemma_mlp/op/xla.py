@@ -23,12 +23,13 @@ from gemma_mlp.activations import ACTIVATIONS
 from gemma_mlp.dtypes import accumulation_dtype
 from gemma_mlp.mesh import constrain, count_shards, target_device, vary_alike
 from gemma_mlp.op.backend import Op
-from gemma_mlp.op.matmuls import matmul, project, weight_gradient
+from gemma_mlp.op.matmuls import matmul, project, project_wide, weight_gradient
 from gemma_mlp.op.slices import LANES, SlicedAxis, ceil_div, in_slices, round_up
 from gemma_mlp.params import MLPParams, axes_of_leaves
 from gemma_mlp.weights import QuantizedWeight, scales_per_channel
 
 V5P = {"TPU v5", "TPU v5p"}  # the device kinds that JAX knows a v5p by
+V7X = "TPU7x"
 
 
 def hidden(
@@ -37,8 +38,10 @@ def hidden(
     """(h,), or (h, gate, up) if gate and up are saved, in the compute dtype. By XLA, or by the backend's kernel."""
     if op.backend.hidden is not None:
         return op.backend.hidden(op, params, x_BD.astype(op.dtype), save_gate_up)
-    gate_BF = project(op, op.between, x_BD, params.gate_proj, params.gate_bias)
-    up_BF = project(op, op.between, x_BD, params.up_proj, params.up_bias)
+    # What is saved is rounded after the scales of quantised weights, what is only stored may be rounded before them.
+    project_hidden = project if save_gate_up else project_wide
+    gate_BF = project_hidden(op, op.between, x_BD, params.gate_proj, params.gate_bias)
+    up_BF = project_hidden(op, op.between, x_BD, params.up_proj, params.up_bias)
     if op.config.save == "autodiff":  # JAX saves them; for `gate_up` they are tagged in vjp.py
         gate_BF, up_BF = checkpoint_name(gate_BF, "mlp_gate"), checkpoint_name(up_BF, "mlp_up")
     h_BF = ACTIVATIONS[op.config.activation].gated(gate_BF.astype(op.wide), up_BF.astype(op.wide))
@@ -108,7 +111,9 @@ def gradients(
         # Without the barrier XLA may carry dx in VMEM through a loop over layers and then copy it to HBM.
         dx_BD = lax.optimization_barrier(dx_BD)
     dparams = dataclasses.replace(dparams, down_bias=down_bias)
-    return jax.tree.map(lambda a, d: None if d is None else d.astype(a.dtype), params, dparams), dx_BD
+    dparams = jax.tree.map(lambda a, d: None if d is None else d.astype(a.dtype), params, dparams)
+    # Without the barrier a TPU 7x computes an unrolled stack's weight gradients last and keeps h, dgate and dup.
+    return lax.optimization_barrier((dparams, dx_BD)) if target_device().device_kind == V7X else (dparams, dx_BD)
 
 
 def _gradients_of_slice(op, params, wanted, x_BD, mask_BF, saved, dy_BD):
@@ -136,17 +141,23 @@ def _hidden_gradients(op, params, x_BD, mask_BF, saved, dy_BD):
         return op.backend.hidden_backward(op, params, dy_BD.astype(op.dtype), *saved)
     between = op.wide if op.backend.float32_slices else op.between
     dh_BF = over_hidden(op, matmul(op, between, dy_BD, params.down_proj, transpose=True))
-    # A 1 that depends on dh and that XLA cannot fold. Without it XLA merges the recomputed gate and up with those of
-    # the forward pass, and keeps them in memory in an unrolled stack. A CPU may merge them: there time matters more.
-    one = jnp.ones((), op.dtype)
-    if not op.on_cpu:
-        one, dh_BF = lax.optimization_barrier((one, dh_BF))
+    # A 1 that depends on dh and that XLA cannot fold: what it multiplies is computed after dh. Without it XLA merges
+    # the recomputed gate and up with those of the forward pass, and keeps them in memory in an unrolled stack. A CPU
+    # may merge them, because there time matters more, but it must not compute more of the backward pass that early.
+    one, dh_BF = lax.optimization_barrier((jnp.ones((), op.dtype), dh_BF))
+
+    def after_dh(array):
+        return array * one.astype(array.dtype)
+
     if saved:
-        gate_BF, up_BF = (a * one for a in saved)
+        gate_BF, up_BF = map(after_dh, saved)
     else:
-        again_BD = _whole_length(op, x_BD.astype(op.dtype) * one)
-        gate_BF = project(op, between, again_BD, params.gate_proj, params.gate_bias)
-        up_BF = project(op, between, again_BD, params.up_proj, params.up_bias)
+        again_BD = x_BD.astype(op.dtype)
+        again_BD = _whole_length(op, again_BD if op.on_cpu else after_dh(again_BD))
+        gate_BF = project_wide(op, between, again_BD, params.gate_proj, params.gate_bias)
+        up_BF = project_wide(op, between, again_BD, params.up_proj, params.up_bias)
+        if op.on_cpu:
+            gate_BF, up_BF = after_dh(gate_BF), after_dh(up_BF)
     gate_BF, up_BF, dh_BF = (a.astype(op.wide) for a in (gate_BF, up_BF, dh_BF))
     activation = ACTIVATIONS[op.config.activation]
     h_BF = _dropped(op, activation.gated(gate_BF, up_BF), mask_BF)

@@ -64,12 +64,7 @@ def mlp_gradients(params, x, dy, activation, stored=exact, saved=exact, weights=
     gradients of the parameters.
     """
     weights = weights or stored
-    act, d_act = ACTIVATIONS[activation]
-    _, (gate, up, _) = mlp(params, x, activation)
-    gate, up = saved(gate), saved(up)
-    h = stored(act(gate) * up)
-    dh = dy @ params["down_proj"].T
-    dgate, dup = stored(dh * up * d_act(gate)), stored(dh * act(gate))
+    h, dgate, dup = hidden_gradients(params, x, dy, activation, stored, saved)
     grads = {
         "gate_proj": weights(outer(x, dgate)),
         "up_proj": weights(outer(x, dup)),
@@ -80,6 +75,30 @@ def mlp_gradients(params, x, dy, activation, stored=exact, saved=exact, weights=
     }
     dx = stored(dgate @ params["gate_proj"].T + dup @ params["up_proj"].T)
     return {name: grads[name] for name in params}, dx
+
+
+def dequantized(qvalue, scale):
+    """qvalue [in, out] with one row of scales for each group along `in`."""
+    return np.asarray(qvalue, np.float64) * np.repeat(scale, len(qvalue) // len(scale), axis=0)
+
+
+def adapted(base, lora_a, lora_b, factor):
+    return base + factor * (lora_a @ lora_b)
+
+
+def lora_gradients(x, dy, lora_a, lora_b, factor, stored=exact):
+    """(gradient of lora_a, gradient of lora_b) for the gradient dy of x (base + factor lora_a lora_b)."""
+    low, dlow = stored(factor * (x @ lora_a)), stored(factor * (dy @ lora_b.T))
+    return stored(outer(x, dlow)), stored(outer(low, dy))
+
+
+def hidden_gradients(params, x, dy, activation, stored=exact, saved=exact):
+    """h and the gradients of gate and up, as :func:`mlp_gradients` has them."""
+    act, d_act = ACTIVATIONS[activation]
+    _, (gate, up, _) = mlp(params, x, activation)
+    gate, up = saved(gate), saved(up)
+    dh = dy @ params["down_proj"].T
+    return stored(act(gate) * up), stored(dh * up * d_act(gate)), stored(dh * act(gate))
 
 
 def rms_norm(scale, x, eps, scale_plus_one=True):

@@ -1,6 +1,7 @@
 """Programs of one MLP layer and of stacks of layers, to be compiled for the memory that their gradients take.
 
-tests/aot and scripts/benchmark.py share them. Arrays are bfloat16, and abstract: they have a shape but no values.
+tests/aot and scripts/benchmark.py share them. Arrays are bfloat16 (the parameters float32 on request), and abstract:
+they have a shape but no values.
 """
 
 import dataclasses
@@ -25,9 +26,9 @@ def plain(params, x):
 NOT_OURS = {"plain": plain, "remat": jax.checkpoint(plain)}  # remat: a user's own line against the memory of plain
 
 
-def make_config(preset, save="input", chunk_size=None, implementation=None):
+def make_config(preset, save="input", chunk_size=None, implementation=None, param_dtype="bfloat16"):
     options = {"save": save, "chunk_size": chunk_size, "implementation": implementation}
-    return dataclasses.replace(PRESETS[preset], param_dtype="bfloat16", **options)
+    return dataclasses.replace(PRESETS[preset], param_dtype=param_dtype, **options)
 
 
 def make_layer(config):
@@ -82,25 +83,41 @@ def compile_forward(target, config, tokens=TOKENS):
     return compile_for(target, make_layer(config), params(config), inputs(config, tokens))
 
 
-def compile_gradient(target, stack, config, layer=None, *, tokens=TOKENS, layers=LAYERS, triton=None):
+def compile_gradient(target, stack, config, layer=None, *, tokens=TOKENS, layers=LAYERS, triton=None, options=None):
     """Compiles the gradient of one of STACKS, made of `layer` or of our layer.
 
     triton: whether the H200's matmuls go through Triton or through cuBLASLt; None is the compiler's default.
+    options: the compiler's options instead.
     """
     x = inputs(config, tokens)
     arguments = (params(config), x, x) if stack == "one" else (params(config, layers), x)
-    options = None if triton is None else {"xla_gpu_enable_triton_gemm": triton}
+    options = options if triton is None else {"xla_gpu_enable_triton_gemm": triton}
     return compile_for(target, STACKS[stack](layer or make_layer(config)), *arguments, compiler_options=options)
 
 
 @functools.cache
-def gradient_bytes(target, stack, layer, preset, triton=None, *, tokens=TOKENS, layers=LAYERS, chunk_size=None):
-    """Temporary memory of a gradient. `layer` is a save policy, "pallas", or one of NOT_OURS."""
+def gradient_bytes(
+    target,
+    stack,
+    layer,
+    preset,
+    triton=None,
+    *,
+    tokens=TOKENS,
+    layers=LAYERS,
+    chunk_size=None,
+    param_dtype="bfloat16",
+):
+    """Temporary memory of a gradient. `layer` is a save policy, "pallas", or one of NOT_OURS.
+
+    NOT_OURS take parameters in bfloat16 only: they have the dtypes of their operands.
+    """
+    make = functools.partial(make_config, preset, param_dtype=param_dtype)
     if layer in NOT_OURS:
         config = make_config(preset)
     elif layer == "pallas":
-        config = make_config(preset, implementation="pallas")
+        config = make(implementation="pallas")
     else:
-        config = make_config(preset, save=layer, chunk_size=chunk_size)
+        config = make(save=layer, chunk_size=chunk_size)
     sizes = {"tokens": tokens, "layers": layers, "triton": triton}
     return compile_gradient(target, stack, config, NOT_OURS.get(layer), **sizes).temp_bytes

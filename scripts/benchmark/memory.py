@@ -2,6 +2,7 @@
 
 There are three stacks: one layer, several layers under scan, and several layers unrolled. The layer `plain` is the
 formula as JAX differentiates it, `remat` is `plain` under `jax.checkpoint`, and `pallas` uses the package's kernels.
+Parameters are bfloat16, or float32 where the layer's name ends in f32.
 """
 
 from gemma_mlp import aot
@@ -13,6 +14,7 @@ COMPILERS = {
     "v5e": ("tpu v5e:2x2", None),
     "v5p": ("tpu v5p:2x2x1", None),
     "v6e": ("tpu v6e:2x2", None),
+    "7x": ("tpu tpu7x:2x2x1", None),
     "H200 Triton": ("h200", True),
     "H200 cuBLASLt": ("h200", False),
 }
@@ -33,14 +35,16 @@ def compilers():
 def measure(preset, compilers, *, tokens, layers, chunk_size):
     """Yields a row for each stack and layer: the MiB in each column, or None if the program does not fit the chip."""
     cells = [("plain", None), ("remat", None), ("gate_up", None), ("input", None), ("input", chunk_size)]
+    cells = [(*cell, "bfloat16") for cell in cells] + [("input", None, "float32")]
     kernels = {column: compiler for column, compiler in compilers.items() if compiler[0] != "cpu"}
     if kernels:
-        cells.append(("pallas", None))
+        cells += [("pallas", None, "bfloat16"), ("pallas", None, "float32")]
     for stack in STACKS:
-        for layer, chunk in cells:
-            row = {"stack": stack, "layer": layer, "chunk_size": chunk}
+        for layer, chunk, param_dtype in cells:
+            name = layer if param_dtype == "bfloat16" else f"{layer} f32"
+            row = {"stack": stack, "layer": name, "chunk_size": chunk}
             for column, (target, triton) in (kernels if layer == "pallas" else compilers).items():
-                options = {"tokens": tokens, "layers": layers, "chunk_size": chunk}
+                options = {"tokens": tokens, "layers": layers, "chunk_size": chunk, "param_dtype": param_dtype}
                 try:
                     row[column] = gradient_bytes(target, stack, layer, preset, triton, **options) / MIB
                 except aot.DoesNotFit:

@@ -13,7 +13,9 @@ X = jax.ShapeDtypeStruct((256, 512), "bfloat16")
 W = jax.ShapeDtypeStruct((512, 1024), "bfloat16")
 
 
-@pytest.mark.parametrize("target", ["tpu v5e:2x2", "tpu v5p:2x2x1", "tpu v6e:2x2", "h200"])
+@pytest.mark.parametrize(
+    "target", ["tpu v4:2x2x1", "tpu v5e:2x2", "tpu v5p:2x2x1", "tpu v6e:2x2", "tpu tpu7x:2x2x1", "h200"]
+)
 def test_one_matmul_on_one_chip_has_known_bytes_and_flops(target):
     compiled = aot.compile_for(target, jnp.dot, X, W)
     assert compiled.argument_bytes == 2 * (256 * 512 + 512 * 1024)

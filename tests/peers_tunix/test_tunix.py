@@ -97,25 +97,22 @@ def test_same_state_same_logits_same_gradients(name, save):
     assert_close(nnx.grad(loss)(ours), nnx.grad(loss)(theirs), bound=2e-6)
 
 
-def test_the_gradient_of_a_bfloat16_model_takes_as_much_memory():
-    """With gate and up saved; measured: 112.1 MiB, and 111.9 MiB with Tunix's own MLPs, at four layers of Gemma 3 270M.
-
-    A step took 0.21 of the time there, on two CPU cores. With `save="input"`: 146.0 MiB, 0.17 of the time.
-    """
+def test_the_gradient_of_a_bfloat16_model_takes_no_more_memory():
+    """At two layers of these sizes Tunix's own MLPs take 42.5 MiB, ours 38.8 with `input` and 29.1 with `gate_up`."""
     tokens = jnp.arange(512)[None] % VOCABULARY
     mask = jnp.tril(jnp.ones((1, 512, 512), bool))
     sizes = []
-    for adopted in (False, True):
+    for save in ("gate_up", "input", None):
         model = make("gemma3", embed_dim=320, hidden_dim=2048, dtype="bfloat16")
-        if adopted:
-            adopt(model, MLPConfig(320, 2048, save="gate_up"))
+        if save is not None:
+            adopt(model, MLPConfig(320, 2048, save=save))
         graphdef, state = nnx.split(model)
 
         def value(state):
             return nnx.merge(graphdef, state)(tokens, jnp.arange(512)[None], None, mask)[0].astype(jnp.float32).sum()
 
         sizes.append(jax.jit(jax.grad(value)).lower(state).compile().memory_analysis().temp_size_in_bytes)
-    assert sizes[1] <= 1.01 * sizes[0]
+    assert sizes == sorted(sizes)
 
 
 def with_lora(model, module_path=".*gate_proj|.*up_proj|.*down_proj"):

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from benchmark import calls, memory, timing
+from benchmark import calls, figure, memory, timing
 
 from gemma_mlp import MLPConfig, MLPParams, aot
 from gemma_mlp.testing.oracle import relative_error
@@ -63,7 +63,7 @@ def test_a_race_takes_turns_and_gives_medians(monkeypatch):
 def test_this_machines_compiler_reports_memory_for_every_row():
     sizes = {"tokens": 2048, "layers": 4, "chunk_size": 256}
     rows = list(memory.measure("gemma3_270m", {"CPU": ("cpu", None)}, **sizes))
-    assert len(rows) == 3 * 5 and all(row["CPU"] > 0 for row in rows)
+    assert len(rows) == 3 * 6 and all(row["CPU"] > 0 for row in rows)
     scanned = {(row["layer"], row["chunk_size"]): row["CPU"] for row in rows if row["stack"] == "scanned"}
     assert scanned["input", None] < scanned["gate_up", None] < scanned["plain", None]
 
@@ -74,17 +74,16 @@ def test_a_program_that_does_not_fit_has_an_empty_cell(monkeypatch):
 
     monkeypatch.setattr(memory, "gradient_bytes", gradient_bytes)
     rows = list(memory.measure("gemma3_270m", {"CPU": ("cpu", None)}, tokens=1, layers=1, chunk_size=1))
-    assert len(rows) == 3 * 5 and all(row["CPU"] is None for row in rows)
+    assert len(rows) == 3 * 6 and all(row["CPU"] is None for row in rows)
 
 
-def run_benchmark(workdir, *settings, figure=True):
+def run_benchmark(workdir, *settings):
     """(standard output, report) of the command at a small size."""
     small = ["preset=gemma3_270m", "tokens=(1,3)", "rounds=1", "accuracy_tokens=(3,)", "memory_tokens=128"]
     flags = [f"--config.{setting}" for setting in (*small, f"workdir={workdir}", *settings)]
     command = [sys.executable, str(ROOT / "scripts" / "benchmark.py"), f"--config={ROOT}/configs/benchmark.py:2b"]
     done = subprocess.run([*command, *flags], check=True, capture_output=True, text=True)
-    assert (workdir / "benchmark.png").exists() == ("benchmark.png" in done.stdout) == figure
-    assert not figure or (workdir / "benchmark.png").read_bytes().startswith(b"\x89PNG")
+    assert "benchmark.png" in done.stdout and (workdir / "benchmark.png").read_bytes().startswith(b"\x89PNG")
     return done.stdout, json.loads((workdir / "benchmark.json").read_text())
 
 
@@ -94,18 +93,6 @@ def test_the_command_measures_time_and_accuracy(tmp_path):
     assert [(row["tokens"], row["pass"]) for row in report["time"]] == passes
     assert [row["layer"] for row in report["accuracy"]] == ["floor", "input", "gate_up", "plain"]
     assert report["ceiling"]["float32"]["GB/s"] > 0
-
-
-@pytest.mark.slow
-def test_the_command_measures_calls(tmp_path):
-    _, report = run_benchmark(tmp_path, "sections=('calls',)", "call_layers=2", figure=False)
-    names = [row["what"] for row in report["calls"]]
-    assert len(names) == len(set(names)) == 8 and names[-2:] == [
-        "lowering 2 unrolled layers",
-        "compiling 2 unrolled layers",
-    ]
-    for row in report["calls"]:
-        assert row["ratio"] == pytest.approx(row["ours"] / row["theirs"])  # there is one round
 
 
 @pytest.mark.promotes  # plain formulas rely on it
@@ -118,12 +105,21 @@ def test_what_calls_are_compared_with_computes_the_same():
 
 @pytest.mark.slow
 def test_the_command_with_all_sections(tmp_path):
-    output, report = run_benchmark(tmp_path, "dtypes=('float32',)", "call_layers=2")
-    assert len(report["calls"]) == 8
+    output, report = run_benchmark(tmp_path, "dtypes=('float32',)", "call_layers=2", "layers=2")
+    names = [row["what"] for row in report["calls"]]
+    assert len(names) == len(set(names)) == 8
+    assert names[-2:] == ["lowering 2 unrolled layers", "compiling 2 unrolled layers"]
+    for row in report["calls"]:
+        assert row["ratio"] == pytest.approx(row["ours"] / row["theirs"])  # there is one round
     compilers = memory.compilers()[0]
     assert len(report["time"]) == 4 and len(report["accuracy"]) == 4
-    assert len(report["memory"]) == (15 if list(compilers) == ["CPU"] else 18)  # kernels have rows for accelerators
+    assert len(report["memory"]) == (18 if list(compilers) == ["CPU"] else 24)  # kernels have rows for accelerators
     assert ("H200 Triton is left out" in output) == ("H200 Triton" not in compilers)
+
+
+def test_calls_alone_have_no_figure(tmp_path):
+    assert not figure.draw(tmp_path / "benchmark.png", {"calls": [{"ratio": 1.0}]})
+    assert not list(tmp_path.iterdir())
 
 
 def test_an_unknown_section_is_explained():

@@ -25,11 +25,14 @@ class TestChips:
     def test_targets_are_read(self):
         assert chips.parse("v5e:16x16") == (chips.CHIPS["v5e"], 256, "tpu v5e:16x16")
         assert chips.parse("v5p:8x8x8") == (chips.CHIPS["v5p"], 512, "tpu v5p:8x8x8")
+        assert chips.parse("tpu7x:2x2x1") == (chips.CHIPS["tpu7x"], 8, "tpu tpu7x:2x2x1")  # two devices a chip
         assert chips.parse("h200:16") == (chips.CHIPS["h200"], 16, "h200:16")
 
     @pytest.mark.parametrize("target", ["v5e", "tpu v5e:2x2", "h100:8", "v5e:2x", "v5e:0x2", ""])
     def test_an_unknown_target_is_explained(self, target):
-        with pytest.raises(ValueError, match=r"must be CHIP:TOPOLOGY, where the chip is one of v5e, v5p, v6e, h200\."):
+        with pytest.raises(
+            ValueError, match=r"must be CHIP:TOPOLOGY, where the chip is one of v5e, v5p, v6e, tpu7x, h200\."
+        ):
             chips.parse(target)
 
     def test_figures_are_those_of_the_makers(self):
@@ -39,9 +42,10 @@ class TestChips:
             "v5e": (197, 819, 400 / 2),
             "v5p": (459, 2765, 1200 / 2),
             "v6e": (918, 1640, 800 / 2),
+            "tpu7x": (2307 / 2, 7380 / 2, 1200 / 2 / 2),
             "h200": (1979 / 2, 4800, 900 / 2),
         }
-        printed = {"v5e": 16 * GIB, "v5p": 96 * GIB, "v6e": 32 * GIB, "h200": 141e9}
+        printed = {"v5e": 16 * GIB, "v5p": 96 * GIB, "v6e": 32 * GIB, "tpu7x": 192 * GIB / 2, "h200": 141e9}
         assert all(0.97 * size < chips.CHIPS[name].hbm_bytes <= size for name, size in printed.items())
 
     @pytest.mark.parametrize(
