@@ -87,8 +87,11 @@ def test_a_factor_that_is_a_power_of_two_goes_into_lora_b():
 
 
 def test_what_is_refused():
-    with pytest.raises(ValueError, match=r"power of two.*factor 0\.3 for gate_proj of layer 0"):
-        layouts.adapters_to_deepmind(ours((3, 3, 3), (0.3, 1.0, 1.0)))
+    for factor in (0.3, 3.0):
+        with pytest.raises(ValueError, match=rf"power of two.*factor {factor} for gate_proj of layer 0"):
+            adapters = ours((3, 3, 3), (factor, 1.0, 1.0))
+            adapters[0]["gate_proj"] = adapters[0]["gate_proj"]._replace(lora_b=jnp.ones((3, F)))
+            layouts.adapters_to_deepmind(adapters)
     with pytest.raises(ValueError, match=r"power of two.*factor 1\.39\d+e\+42"):
         layouts.adapters_to_deepmind(ours((3, 3, 3), (2.0**140, 1.0, 1.0)))
     with pytest.raises(ValueError, match=r"one dtype.*bfloat16, float32"):
