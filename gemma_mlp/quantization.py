@@ -16,7 +16,7 @@ def quantize(params: Any, dtype: Any, group_size: int | None = None) -> Any:
 
     The rounding is that of `qwix.quantize`, symmetric and by the largest magnitude. The `quantize` extra has it.
 
-        scale = max |W| / 127, 7.5 or 448 (int8, int4, float8_e4m3fn), over an output channel or over each of its groups
+        scale = max |W| / 127.5, 7.5 or 448 (int8, int4, float8_e4m3fn), over an output channel or over each of its groups
         qvalue = round(W / scale)
 
     int8 takes half the memory of bfloat16, int4 a quarter. A group of 32 has one scale in the weight's own dtype, so in
@@ -77,7 +77,9 @@ def quantized(weight: Any, dtype: str, group_size: int | None) -> Any:
     if isinstance(weight, LoRAWeight):
         return dataclasses.replace(weight, base=quantized(weight.base, dtype, group_size))
     require(
-        getattr(weight, "ndim", 0) >= 2 and getattr(weight, "dtype", jnp.dtype(bool)).name in DTYPES,
+        not isinstance(weight, QuantizedWeight)
+        and getattr(weight, "ndim", 0) >= 2
+        and getattr(weight, "dtype", jnp.dtype(bool)).name in DTYPES,
         f"A weight to quantise must be an array [in, out] in one of {', '.join(DTYPES)}.",
         describe(weight),
         "dequantize it first, if it is quantised already.",

@@ -13,7 +13,7 @@ from gemma_mlp.op.backend import Op
 
 def test_rounding_before_the_cast_gives_the_numbers_of_the_cast(monkeypatch):
     """For random bits and around every bfloat16: also halfway cases, subnormal numbers, infinities and NaN."""
-    monkeypatch.setattr(xla, "target_device", lambda: SimpleNamespace(device_kind="TPU v5 lite"))
+    monkeypatch.setattr(matmuls, "target_device", lambda: SimpleNamespace(device_kind="TPU v5 lite"))
     random = np.random.default_rng(0).integers(0, 2**32, 2**20, dtype=np.uint32)
     ties = np.arange(0, 2**32, 2**15, dtype=np.uint64).astype(np.uint32)
     weight = np.concatenate([random, ties, ties - 1, ties + 1]).view(np.float32)
