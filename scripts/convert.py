@@ -1,17 +1,26 @@
-"""Converts the block's parameters from one library's checkpoint to another's, then reads the result back and compares.
+"""Converts the block's parameters from one library's file to another's, then reads the result back and compares.
 
     python scripts/convert.py --source=HF_FOLDER --target=NEW --to=deepmind_flat --transpose_gating_einsum=true
     python scripts/convert.py --source=ORBAX --preset=gemma2_2b --target=NEW --to=tunix
     python scripts/convert.py --source=ORBAX --embed_dim=64 --hidden_dim=256 --target=HF_FOLDER --to=huggingface
 
-A source with a config.json is a Hugging Face folder. Any other source is an Orbax checkpoint, and the names of its
-tensors tell its layout. If the target is a Hugging Face folder that exists, its MLP blocks are replaced and all else
-stays. Any other target must be new. At the end, the parameters of the source and of the result are both in memory.
+    python scripts/convert.py --source=HF_FOLDER --target=NEW --to=gemma_mlp --quantize=int4 --group_size=32
+    python scripts/convert.py --source=MODEL.gguf --target=NEW --to=huggingface --dequantize --dtype=bfloat16
+    python scripts/convert.py --source=HF_FOLDER --adapters=PEFT_FOLDER --target=NEW --to=huggingface
+    python scripts/convert.py --source=PEFT_FOLDER --target=NEW --to=deepmind_lora --widen
+
+A source with a config.json is a Hugging Face folder, one that ends in .gguf is a GGUF file, and one with an
+adapter_config.json is a folder of PEFT. Any other source is an Orbax checkpoint, and the names of its tensors tell its
+layout. Quantised weights stay so if the target is of the layout gemma_mlp; others need --dequantize. If the target is a
+Hugging Face folder that exists, its MLP blocks are replaced and all else stays. Any other target must be new. At the
+end, the parameters of the source and of the result are both in memory.
 """
 
 import functools
 import inspect
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import cli
 import jax
@@ -19,14 +28,18 @@ import jax.numpy as jnp
 from absl import flags
 from tqdm import tqdm
 
-from gemma_mlp import PRESETS, MLPBlockParams, MLPConfig, checkpoint, checks, layouts
-from gemma_mlp.checkpoint import addresses
+from gemma_mlp import PRESETS, MLPBlockParams, MLPConfig, checkpoint, checks, dequantize, layouts, merge_lora, quantize
+from gemma_mlp.checkpoint import addresses, compressed
+from gemma_mlp.weights import WEIGHT_DTYPES
 
 LAYOUTS = list(layouts.LAYOUTS)
 DTYPES = ["bfloat16", "float32", "float64"]
-SOURCE = flags.DEFINE_string("source", None, "The checkpoint to read: a Hugging Face folder or Orbax.", required=True)
+OF_ADAPTERS = ["peft", "deepmind_lora"]
+SOURCE = flags.DEFINE_string("source", None, "What to read: a Hugging Face folder, GGUF, Orbax, PEFT.", required=True)
 TARGET = flags.DEFINE_string("target", None, "The folder to write.", required=True)
-TO = flags.DEFINE_enum("to", None, LAYOUTS, "The layout to write.", required=True)
+TO = flags.DEFINE_enum(
+    "to", None, [*LAYOUTS, *OF_ADAPTERS], "The layout to write; peft, deepmind_lora: of adapters alone.", required=True
+)
 PRESET = flags.DEFINE_enum("preset", None, list(PRESETS), "The model of an Orbax source.")
 EMBED_DIM = flags.DEFINE_integer("embed_dim", None, "D of an Orbax source, instead of --preset.", lower_bound=1)
 HIDDEN_DIM = flags.DEFINE_integer("hidden_dim", None, "F of an Orbax source, instead of --preset.", lower_bound=1)
@@ -45,6 +58,15 @@ SCALE_PLUS_ONE = flags.DEFINE_boolean(
 )
 ROUND_NORMS = flags.DEFINE_boolean("round_norms", False, "maxtext*, t5x: round a norm if 1 + w cannot hold its w.")
 DTYPE = flags.DEFINE_enum("dtype", None, DTYPES, "Cast the parameters. By default their bits stay as they are.")
+ADAPTERS = flags.DEFINE_string("adapters", None, "Adapters to merge into the weights: a folder of PEFT, or Orbax.")
+DEQUANTIZE = flags.DEFINE_boolean("dequantize", False, "Write dense weights in place of quantised ones.")
+QUANTIZE = flags.DEFINE_enum("quantize", None, list(WEIGHT_DTYPES), "Quantise the weights, for --to=gemma_mlp*.")
+GROUP_SIZE = flags.DEFINE_integer(
+    "group_size", None, "--quantize: how many numbers share a scale. By default all of a channel.", lower_bound=1
+)
+WIDEN = flags.DEFINE_boolean("widen", False, "deepmind_lora: use a larger rank where theirs would not hold adapters.")
+PREFIX = flags.DEFINE_string("prefix", "model.", "peft: of the layers, model.language_model. in multimodal models.")
+BASE_MODEL = flags.DEFINE_string("base_model", None, "peft: the name of the model that the adapters are for.")
 DRY_RUN = flags.DEFINE_boolean("dry_run", False, "Check names, shapes and dtypes, print the table, write nothing.")
 
 
@@ -56,12 +78,32 @@ def main():
 
 
 def convert(source: str, target: str) -> None:
+    if TO.value in OF_ADAPTERS:
+        convert_adapters(source, target)
+        return
+    checks.require(
+        not is_peft(source),
+        "The source must be a whole model.",
+        f"{source}, which holds adapters",
+        f"give them by --adapters and their model by --source, or convert them alone: --to={' or '.join(OF_ADAPTERS)}.",
+    )
+    checks.require(
+        GROUP_SIZE.value is None or QUANTIZE.value is not None,
+        "--group_size must come with --quantize.",
+        f"--group_size={GROUP_SIZE.value} alone",
+        f"choose --quantize={', '.join(WEIGHT_DTYPES)}.",
+    )
     if TO.value == "huggingface":
         target = str(addresses.local_folder(target, new=True))  # refuses a URL before anything is read
     config = source_config(source)
     layout = make_layout(TO.value, config, TRANSPOSE.value)
     source_layout = make_layout(FROM.value, config, SOURCE_TRANSPOSE.value) if FROM.value else None
-    print_table(read_shapes(source, config, source_layout), layout)
+    change = changes()
+    params = None
+    if is_low_bit(source):
+        params = read(source, config, None, PART.value, None if DEQUANTIZE.value else DTYPE.value, "reading")
+    shapes = read_shapes(source, config, source_layout) if params is None else params
+    print_table(jax.eval_shape(change, shapes), layout)
     exists = Path(target).expanduser().exists()
     in_place = TO.value == "huggingface" and exists
     if in_place:
@@ -72,7 +114,10 @@ def convert(source: str, target: str) -> None:
             checkpoint.huggingface_shapes(target, part=PART.value)
         print("Dry run: nothing is written.")
         return
-    params = read(source, config, source_layout, PART.value, "reading")
+    if params is None:
+        dtype = None if DEQUANTIZE.value else DTYPE.value
+        params = read(source, config, source_layout, PART.value, dtype, "reading")
+    params = change(params)
     if in_place:
         checkpoint.update_huggingface(target, params, part=PART.value)
     elif TO.value == "huggingface":
@@ -81,15 +126,74 @@ def convert(source: str, target: str) -> None:
         checkpoint.write_orbax(target, params, layout)
     part = PART.value if in_place else None  # a new folder has no parts
     rounded = ROUND_NORMS.value and config.scale_plus_one
-    require_same(params, read(target, config, layout, part, "verifying"), rounded)
+    require_same(params, read(target, config, layout, part, DTYPE.value, "verifying"), rounded)
     print(f"{target}: {len(params)} layers, read back and the same, bit for bit.")
+
+
+def changes() -> Callable[[list[MLPBlockParams]], list[MLPBlockParams]]:
+    """What is done to the parameters between reading and writing."""
+    adapters = read_adapters(ADAPTERS.value) if ADAPTERS.value else None
+
+    def change(params):
+        if DEQUANTIZE.value:
+            params = dequantize(params, DTYPE.value)
+            params = jax.tree.map(lambda leaf: leaf.astype(DTYPE.value or leaf.dtype), params)
+        if adapters is not None:
+            params = merge_lora(layouts.insert_adapters(params, adapters))
+        if QUANTIZE.value:
+            params = quantize(params, QUANTIZE.value, GROUP_SIZE.value)
+        return params
+
+    return change
+
+
+def convert_adapters(source: str, target: str) -> None:
+    adapters = read_adapters(source)
+    tree = layouts.adapters_to_deepmind(adapters, widen=WIDEN.value) if TO.value == "deepmind_lora" else None
+    exists = Path(target).expanduser().exists()
+    checks.require(not exists, "The target must be new.", f"{target}, which exists", "use another.")
+    for name, (a, b, factor) in next(iter(adapters.values())).items():
+        print(f"{name:9}  {a.dtype} {list(a.shape)} {list(b.shape)}, factor {factor:g}")
+    print(f"adapters of {len(adapters)} layers")
+    if DRY_RUN.value:
+        print("Dry run: nothing is written.")
+        return
+    if tree is None:
+        checkpoint.write_adapters(target, adapters, base_model=BASE_MODEL.value, prefix=PREFIX.value)
+    else:
+        checkpoint.write_orbax_adapters(target, adapters, widen=WIDEN.value)
+        adapters = layouts.adapters_from_deepmind(tree)
+    require_same(jax.tree.map(jnp.asarray, adapters), jax.tree.map(jnp.asarray, read_adapters(target)), False)
+    print(f"{target}: adapters of {len(adapters)} layers, read back and the same, bit for bit.")
+
+
+def read_adapters(path: str) -> layouts.Adapters:
+    """Adapters in a folder of PEFT, or of DeepMind's `gm.nn.LoRA` in Orbax."""
+    if is_peft(path):
+        return checkpoint.read_adapters(path, part=PART.value, dtype=DTYPE.value)
+    return checkpoint.read_orbax_adapters(path)
 
 
 def is_huggingface(path: str) -> bool:
     return (Path(path).expanduser() / "config.json").exists()
 
 
+def is_gguf(path: str) -> bool:
+    return path.endswith(".gguf")
+
+
+def is_peft(path: str) -> bool:
+    return (Path(path).expanduser() / "adapter_config.json").exists() and not is_huggingface(path)
+
+
+def is_low_bit(path: str) -> bool:
+    """Whether shapes cannot be read without the values."""
+    return is_gguf(path) or (is_huggingface(path) and compressed.is_compressed(Path(path).expanduser()))
+
+
 def source_config(source: str) -> MLPConfig:
+    if is_gguf(source):
+        return checkpoint.read_gguf_config(source).config
     if is_huggingface(source):
         return checkpoint.read_config(source, part=PART.value).config
     if PRESET.value:
@@ -121,12 +225,14 @@ def read_shapes(path: str, config: MLPConfig, layout: layouts.Layout | None) -> 
 
 
 def read(
-    path: str, config: MLPConfig, layout: layouts.Layout | None, part: str | None, what: str
+    path: str, config: MLPConfig, layout: layouts.Layout | None, part: str | None, dtype: str | None, what: str
 ) -> list[MLPBlockParams]:
     progress = functools.partial(tqdm, desc=what, unit="tensor")
+    if is_gguf(path):
+        return checkpoint.read_gguf(path, dtype=dtype, round_norms=ROUND_NORMS.value, progress=progress)
     if is_huggingface(path):
-        return checkpoint.read_huggingface(path, part=part, dtype=DTYPE.value, progress=progress)
-    return checkpoint.read_orbax(path, config, layout=layout, dtype=DTYPE.value, progress=progress)
+        return checkpoint.read_huggingface(path, part=part, dtype=dtype, progress=progress)
+    return checkpoint.read_orbax(path, config, layout=layout, dtype=dtype, progress=progress)
 
 
 def require_same_norms(config: MLPConfig, target: str) -> None:
@@ -142,15 +248,19 @@ def require_same_norms(config: MLPConfig, target: str) -> None:
 def print_table(shapes: list[MLPBlockParams], layout: layouts.Layout) -> None:
     """The tensors of the first layer (or the stacks that hold it), and the size of all tensors."""
     tensors = layouts.flatten(layouts.to_tree(shapes, layout), layout.separator)
-    first = [layout.name(stored, 0) for stored in layout.stored]
+    parts = ("", "/qvalue", "/scale")
+    first = [layout.name(stored, 0) + part for stored in layout.stored for part in parts]
+    first = [name for name in first if name in tensors]
     width = max(map(len, first))
     for name in first:
         print(f"{name:{width}}  {tensors[name].dtype!s:9} {list(tensors[name].shape)}")
-    size = sum(tensor.size * tensor.dtype.itemsize for tensor in tensors.values())
-    print(f"{len(tensors)} tensors for {len(shapes)} layers, {size / 2**20:,.1f} MiB")
+    bits = sum(
+        tensor.size * (4 if tensor.dtype == "int4" else 8 * tensor.dtype.itemsize) for tensor in tensors.values()
+    )
+    print(f"{len(tensors)} tensors for {len(shapes)} layers, {bits / 2**23:,.1f} MiB")
 
 
-def require_same(params: list[MLPBlockParams], again: list[MLPBlockParams], rounded: bool) -> None:
+def require_same(params: Any, again: Any, rounded: bool) -> None:
     """Compares all bits, in the wider dtype. If norms may be rounded, it is enough that their 1 + w is the same."""
 
     def same(a, b):

@@ -20,7 +20,11 @@ SETS = {  # marker or fixture: (what its tests need, the packages of that, how t
         ("libtpu", "jax-cuda13-plugin", "jax-cuda13-pjrt", "nvidia-cuda-nvcc", "nvidia-nvvm"),
         "pip install -e '.[aot]'",
     ),
-    "needs_peers": ("PyTorch and transformers", ("torch", "transformers"), "pip install torch -e '.[peers]'"),
+    "needs_peers": (
+        "PyTorch and transformers",
+        ("torch", "transformers", "peft", "compressed-tensors"),
+        "pip install torch -e '.[peers]'",
+    ),
     "needs_onnx": ("jax2onnx and onnxruntime", ("jax2onnx", "onnxruntime"), "see tests/README.md"),
     "needs_tunix": ("Tunix", ("google-tunix",), "see tests/README.md"),
     "needs_deepmind": ("DeepMind's gemma", ("gemma",), "see tests/README.md"),

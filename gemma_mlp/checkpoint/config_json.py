@@ -134,8 +134,8 @@ def read_kind(
     if adapter.exists() and not path.exists():
         raise ValueError(
             f"{path.parent} must hold a whole model. Got: {read_json(adapter).get('peft_type')} adapters of "
-            f"{read_json(adapter).get('base_model_name_or_path')}, as {adapter.name} says. Fix: merge them into that "
-            "model and save it: PeftModel.merge_and_unload() and save_pretrained()."
+            f"{read_json(adapter).get('base_model_name_or_path')}, as {adapter.name} says. Fix: read that model, and "
+            "the adapters with read_adapters; or merge them: PeftModel.merge_and_unload() and save_pretrained()."
         )
     values: Any = read_json(path)
     fix = "give the folder of the whole model, with the config.json that came with it."

@@ -6,12 +6,14 @@ from pathlib import Path
 from typing import Any
 
 from gemma_mlp.activations import ACTIVATIONS
-from gemma_mlp.checkpoint import safetensors_folder
+from gemma_mlp.checkpoint import compressed, safetensors_folder
 from gemma_mlp.checkpoint.addresses import local_folder
 from gemma_mlp.checkpoint.config_json import NAMES, read_kind, require_block
 from gemma_mlp.checkpoint.loading import Progress, Source, choose_layers, load, require_finite_layers
+from gemma_mlp.checkpoint.low_bit import place
 from gemma_mlp.checks import describe, require
 from gemma_mlp.config import MLPConfig
+from gemma_mlp.layouts.layout import Layout
 from gemma_mlp.layouts.libraries import huggingface
 from gemma_mlp.layouts.trees import block_leaves, stored_tensors
 from gemma_mlp.params import MLPBlockParams
@@ -41,7 +43,8 @@ def read_huggingface(
     """The block's parameters from a Hugging Face folder of a Gemma. No other tensor is read.
 
     It returns only if every tensor is there, has the shape that config.json says, and is finite. Besides the result,
-    at most one tensor is in memory.
+    at most one tensor is in memory. Weights of few bits, as compressed-tensors writes them, come as
+    `gemma_mlp.QuantizedWeight`s. This folder's README says which are read, and what they need while they are decoded.
 
     Args:
       folder: holds config.json and safetensors, in one file or in shards with an index. It must be on this disk: a URL
@@ -64,19 +67,48 @@ def read_huggingface(
     Raises:
       ValueError: names the tensor, the file, what was expected and what was found.
     """
-    layers = None if layers is None else list(layers)
-    sources = _sources(local_folder(folder), layers, part, allow_activation_sparsity)
-    widths = [source.layout.config.hidden_dim for source in sources]
-    fix = "choose layers of one width with layers=, or read a list."
-    require(not stacked or len(widths) == 1, "A stack needs layers of one width.", f"hidden_dim {widths}", fix)
+    folder, layers = local_folder(folder), None if layers is None else list(layers)
+    options: Any = {"dtype": dtype, "shardings": shardings, "stacked": stacked, "progress": progress}
+    if compressed.is_compressed(folder):
+        return _read_compressed(folder, layers, part, allow_activation_sparsity, options)
+    sources = _sources(folder, layers, part, allow_activation_sparsity)
+    _require_one_width(stacked, [source.layout for source in sources])
 
     def read(source):
         def read_part(slot, index):
             return safetensors_folder.read_slot(source.file(slot.tensor), slot, index)
 
-        return load(source, read_part, dtype=dtype, shardings=shardings, stacked=stacked, progress=progress)
+        return load(source, read_part, **options)
 
     return read(sources[0]) if stacked else _in_order(sources, layers, read)
+
+
+def _read_compressed(
+    folder: Path, layers: Sequence[int] | None, part: str | None, allow_sparsity: bool, options: dict[str, Any]
+) -> Any:
+    """The block's parameters from a folder of compressed-tensors."""
+    files, num_layers, groups = _layouts(folder, layers, part, allow_sparsity)
+    _require_one_width(options["stacked"], [layout for layout, _ in groups])
+    by_layer = {number: layout for layout, own in groups for number in own}
+    decode = compressed.decoder(files, folder, by_layer)
+
+    def read(layout, own):
+        def where(layer, leaf):
+            name = compressed.tensor_name(layout, leaf, layer)
+            return f"{name} in {files.get(name, files.get(f'{name}_packed', folder))}"
+
+        return place(decode, own, layout.leaf_shapes, where, **options)
+
+    if options["stacked"]:
+        return read(*groups[0])
+    found = {number: params for layout, own in groups for number, params in zip(own, read(layout, own))}
+    return [found[number] for number in choose_layers(num_layers, layers)]
+
+
+def _require_one_width(stacked: bool, layouts: Sequence[Layout]) -> None:
+    widths = [layout.config.hidden_dim for layout in layouts]
+    fix = "choose layers of one width with layers=, or read a list."
+    require(not stacked or len(widths) == 1, "A stack needs layers of one width.", f"hidden_dim {widths}", fix)
 
 
 def update_huggingface(
@@ -178,18 +210,12 @@ def write_huggingface(
 
 def _sources(folder: Path, layers: Sequence[int] | None, part: str | None, allow_sparsity: bool) -> list[Source]:
     """Where the layers are, those of one config together. It reads the headers of their files and opens no other."""
-    kind, configs = read_kind(folder, part, allow_sparsity)
-    files = safetensors_folder.list_files(folder)
-    prefix = _prefix(files, folder, part)
-    numbers: dict[MLPConfig, list[int]] = {}
-    for number in choose_layers(len(configs), layers):
-        numbers.setdefault(require_block(configs, number), []).append(number)
-    pairs = [(huggingface(config, prefix, pre_norm=kind.pre_norm), own) for config, own in numbers.items()]
+    files, num_layers, pairs = _layouts(folder, layers, part, allow_sparsity)
     wanted = {layout.name(stored, number) for layout, own in pairs for number in own for stored in layout.stored}
     tensors = safetensors_folder.read_headers(files, wanted)
     try:
         return [
-            Source.of(layout, tensors, len(configs), own, lambda name: files.get(name, folder)) for layout, own in pairs
+            Source.of(layout, tensors, num_layers, own, lambda name: files.get(name, folder)) for layout, own in pairs
         ]
     except ValueError as error:
         values = safetensors_folder.read_json(folder / "config.json")
@@ -198,7 +224,23 @@ def _sources(folder: Path, layers: Sequence[int] | None, part: str | None, allow
             raise
         said = ", ".join(f"{key} {value}" for key, value in quantised.items() if isinstance(value, str | int))
         fix = "dequantise them and save them, as dequantize() and save_pretrained() of transformers do."
+        if quantised.get("quant_method") == "compressed-tensors":
+            fix = "read_huggingface reads these, but they cannot be updated."
         raise ValueError(f"{folder} must hold plain weights. Got: quantised ones, {said}. Fix: {fix}") from error
+
+
+def _layouts(
+    folder: Path, layers: Sequence[int] | None, part: str | None, allow_sparsity: bool
+) -> tuple[dict[str, Path], int, list[tuple[Layout, list[int]]]]:
+    """The files of all tensors, the number of layers, and for each config the layout and the chosen layers of it."""
+    kind, configs = read_kind(folder, part, allow_sparsity)
+    files = safetensors_folder.list_files(folder)
+    prefix = _prefix(files, folder, part)
+    numbers: dict[MLPConfig, list[int]] = {}
+    for number in choose_layers(len(configs), layers):
+        numbers.setdefault(require_block(configs, number), []).append(number)
+    pairs = [(huggingface(config, prefix, pre_norm=kind.pre_norm), own) for config, own in numbers.items()]
+    return files, len(configs), pairs
 
 
 def _in_order(sources: Sequence[Source], layers: Sequence[int] | None, read: Callable[[Source], Iterable]) -> list:
@@ -209,7 +251,7 @@ def _in_order(sources: Sequence[Source], layers: Sequence[int] | None, read: Cal
 
 def _prefix(names: Iterable[str], folder: Path, part: str | None) -> str:
     """What stands before `layers.0`: "model.", or a longer prefix in models of several parts."""
-    pattern = re.compile(r"(.*\b|)layers\.\d+\.mlp\.(?:gate|up|down)_proj\.weight")
+    pattern = re.compile(r"(.*\b|)layers\.\d+\.mlp\.(?:gate|up|down)_proj\.weight(?:_packed)?")
     prefixes = {match[1] for name in names if (match := pattern.fullmatch(name))}
     prefixes = {prefix for prefix in prefixes if part is None or part in prefix.split(".")}
     require(

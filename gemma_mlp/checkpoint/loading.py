@@ -276,5 +276,7 @@ def require_finite(name: str, not_finite: int, size: int) -> None:
 def require_finite_layers(layers: Mapping[int, MLPBlockParams]) -> None:
     """Raises ValueError unless every leaf of the layers, which are given by number, is finite."""
     for number, layer in layers.items():
-        for leaf, array in block_leaves(layer).items():
-            require_finite(f"{leaf} of layer {number}", count_not_finite(array), array.size)
+        for leaf, weight in block_leaves(layer).items():
+            for array in jax.tree.leaves(weight):
+                if jnp.issubdtype(array.dtype, jnp.floating):
+                    require_finite(f"{leaf} of layer {number}", count_not_finite(array), array.size)

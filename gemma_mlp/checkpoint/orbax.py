@@ -1,5 +1,6 @@
 """Orbax checkpoints in any layout: reads the block's parameters from them, and writes new ones."""
 
+import dataclasses
 import functools
 import math
 from collections.abc import Sequence
@@ -7,18 +8,36 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore
 from etils import epath
 
 from gemma_mlp.checkpoint.addresses import orbax_path
-from gemma_mlp.checkpoint.loading import Progress, Source, choose_layers, load, require_finite_layers
+from gemma_mlp.checkpoint.loading import (
+    Progress,
+    Source,
+    choose_layers,
+    count_not_finite,
+    load,
+    require_finite,
+    require_finite_layers,
+)
+from gemma_mlp.checkpoint.low_bit import place
 from gemma_mlp.checks import require
 from gemma_mlp.config import MLPConfig
+from gemma_mlp.layouts.adapters import (
+    DEEPMIND,
+    Adapter,
+    Adapters,
+    adapters_from_deepmind,
+    adapters_to_deepmind,
+)
 from gemma_mlp.layouts.layout import Layout, count_layers
 from gemma_mlp.layouts.libraries import detect
-from gemma_mlp.layouts.trees import flatten, to_tree
+from gemma_mlp.layouts.quantized import QuantizedTensor, as_weight, joined, shape_of
+from gemma_mlp.layouts.trees import block_leaves, flatten, make_params, to_tree
 from gemma_mlp.params import MLPBlockParams
 
 CHUNK_BYTES = 2**22  # of a tensor that is written; whole chunks are read and unpacked for any part of a tensor
@@ -56,20 +75,62 @@ def read_orbax(
       ValueError: as :func:`read_huggingface`.
     """
     source = _source(orbax_path(path), config, layout, layers)
+    options: Any = {"dtype": dtype, "shardings": shardings, "stacked": stacked, "progress": progress}
     # Leaves of one tensor are read one after the other.
-    tensor = functools.lru_cache(1)(lambda name: _Tensor(source.file(name), name, source.tensors[name]))
+    tensor = functools.lru_cache(1)(lambda name: _opened(source.file(name), name, source.tensors[name]))
 
-    def read(slot, index):
+    def read(slot, index=None):
         return slot.read(tensor(slot.tensor), index)
 
-    return load(source, read, dtype=dtype, shardings=shardings, stacked=stacked, progress=progress)
+    if not _quantised(source):
+        return load(source, read, **options)
+
+    def decode(layer, leaf):
+        slot = source.slots[layer][leaf]
+        return as_weight(read(slot))
+
+    def where(layer, leaf):
+        name = source.slots[layer][leaf].tensor
+        return f"{name} in {source.file(name)}"
+
+    return place(decode, list(source.slots), source.layout.leaf_shapes, where, **options)
+
+
+def read_orbax_adapters(path: str | Path) -> dict[int, dict[str, Adapter]]:
+    """The adapters in an Orbax checkpoint of DeepMind's `gm.nn.LoRA`. No other tensor is read.
+
+    Returns:
+      As :func:`read_adapters`.
+
+    Raises:
+      ValueError: as `gemma_mlp.layouts.adapters_from_deepmind`, or if a number is not finite.
+    """
+    tensors, places = _tensors(orbax_path(path))
+    wanted = [name for name in tensors if DEEPMIND.fullmatch(name) and not OPTIMIZER.intersection(name.split("/"))]
+    tree = {name: jnp.asarray(_Tensor(places[name], name, tensors[name])[...]) for name in wanted}
+    for name, array in tree.items():
+        require_finite(f"{name} in {path}", count_not_finite(array), array.size)
+    return adapters_from_deepmind(tree)
 
 
 def orbax_shapes(
     path: str | Path, config: MLPConfig, *, layout: Layout | None = None, dtype: Any = None
 ) -> list[MLPBlockParams]:
     """The `jax.ShapeDtypeStruct`s of what :func:`read_orbax` reads. All is checked except the values."""
-    return _source(orbax_path(path), config, layout).shapes(dtype)
+    source = _source(orbax_path(path), config, layout)
+    dense = source.shapes(dtype)
+    if not _quantised(source):
+        return dense
+    shapes = []
+    for layer, slots in zip(dense, source.slots.values()):
+        leaves = block_leaves(layer)
+        for leaf, slot in slots.items():
+            if isinstance(source.tensors[slot.tensor], QuantizedTensor):
+                weight = slot.read(shape_of(source.tensors[slot.tensor])).weight()
+                scale = jax.ShapeDtypeStruct(weight.scale.shape, dtype or weight.scale.dtype)
+                leaves[leaf] = dataclasses.replace(weight, scale=scale)
+        shapes.append(make_params(leaves))
+    return shapes
 
 
 def write_orbax(path: str | Path, params: Sequence[MLPBlockParams], layout: Layout) -> None:
@@ -78,10 +139,27 @@ def write_orbax(path: str | Path, params: Sequence[MLPBlockParams], layout: Layo
     Raises:
       ValueError: if the path exists, a number is not finite, or :func:`gemma_mlp.layouts.to_tree` raises it.
     """
+    require_finite_layers(dict(enumerate(params)))
+    _write(path, to_tree(params, layout))
+
+
+def write_orbax_adapters(path: str | Path, adapters: Adapters, *, widen: bool = False) -> None:
+    """Writes a new Orbax checkpoint of adapters, as the tree of DeepMind's `gm.nn.LoRA`.
+
+    The arguments are those of `gemma_mlp.layouts.adapters_to_deepmind`.
+
+    Raises:
+      ValueError: as that function, or if the path exists or a number is not finite.
+    """
+    tree = adapters_to_deepmind(adapters, widen=widen)
+    for name, array in flatten(tree).items():
+        require_finite(name, count_not_finite(array), array.size)
+    _write(path, tree)
+
+
+def _write(path: str | Path, tree: Any) -> None:
     root = orbax_path(path)
     require(not root.exists(), "A checkpoint must be written to a new folder.", f"{root}, which exists", "use another.")
-    require_finite_layers(dict(enumerate(params)))
-    tree = to_tree(params, layout)
     chunked = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES), tree)
     with ocp.PyTreeCheckpointer() as checkpointer:
         checkpointer.save(root, args=ocp.args.PyTreeSave(tree, save_args=chunked))
@@ -89,14 +167,7 @@ def write_orbax(path: str | Path, params: Sequence[MLPBlockParams], layout: Layo
 
 def _source(path: epath.Path, config: MLPConfig, layout: Layout | None, layers: Sequence[int] | None = None) -> Source:
     """Where the layers are."""
-    items = _items(path)
-    tensors: dict[str, Any] = {}  # shapes and dtypes by name
-    places: dict[str, epath.Path] = {}  # the item that holds each
-    for item in items:
-        for name, tensor in flatten(_tree(item)).items():
-            # Flax's `nnx.State` is stored with the key "value" below each variable.
-            name = name.removesuffix("/value") if len(items) == 1 else f"{item.name}/{name}".removesuffix("/value")
-            tensors[name], places[name] = tensor, item
+    tensors, places = _tensors(path)
     if layout is None:
         names = [name for name in tensors if not OPTIMIZER.intersection(name.split("/"))]
         received = f"only the state of an optimizer, such as {next(iter(tensors))}" if tensors else "no array"
@@ -105,6 +176,22 @@ def _source(path: epath.Path, config: MLPConfig, layout: Layout | None, layers: 
     num_layers = count_layers(layout, tensors)
     chosen = choose_layers(num_layers, layers)
     return Source.of(layout, tensors, num_layers, chosen, lambda name: places.get(name, path))
+
+
+def _tensors(path: epath.Path) -> tuple[dict[str, Any], dict[str, epath.Path]]:
+    """Shapes and dtypes by name, with the parts of quantised tensors joined; and the item that holds each."""
+    items = _items(path)
+    tensors: dict[str, Any] = {}
+    places: dict[str, epath.Path] = {}
+    for item in items:
+        named = {}
+        for name, tensor in flatten(_tree(item)).items():
+            # Flax's `nnx.State` is stored with the key "value" below each variable.
+            name = name.removesuffix("/value")
+            named[name if len(items) == 1 else f"{item.name}/{name}"] = tensor
+        tensors |= joined(named)
+        places |= dict.fromkeys(joined(named), item)
+    return tensors, places
 
 
 def _items(path: epath.Path) -> list[epath.Path]:
@@ -139,11 +226,25 @@ def _tree(item: epath.Path) -> Any:
     return metadata.tree  # pyright: ignore[reportOptionalMemberAccess]
 
 
+def _quantised(source: Source) -> bool:
+    wanted = {slot.tensor for slots in source.slots.values() for slot in slots.values()}
+    return any(isinstance(source.tensors[name], QuantizedTensor) for name in wanted)
+
+
+def _opened(path: epath.Path, name: str, metadata: Any) -> Any:
+    """A :class:`_Tensor`, or a QuantizedTensor of two."""
+    if isinstance(metadata, QuantizedTensor):
+        qvalue, scale = (_Tensor(path, name, part) for part in (metadata.qvalue, metadata.scale))
+        return dataclasses.replace(metadata, qvalue=qvalue, scale=scale)
+    return _Tensor(path, name, metadata)
+
+
 class _Tensor:
     """A tensor in a checkpoint. TensorStore reads any part of it; Orbax itself restores whole tensors only."""
 
     def __init__(self, path: epath.Path, name: str, metadata: Any):
         self._where = f"{name} in {path}"
+        self.shape, self.dtype = tuple(metadata.shape), metadata.dtype
         store: dict[str, Any] = {"driver": "file", "path": f"{path}/"}
         if str(path).startswith("gs://"):
             bucket, _, key = str(path).removeprefix("gs://").partition("/")

@@ -12,8 +12,9 @@ import shutil
 import uuid
 from collections.abc import Callable, Container, Iterator, Mapping
 from pathlib import Path, PurePosixPath
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
+import ml_dtypes
 import numpy as np
 import safetensors
 import safetensors.numpy
@@ -52,7 +53,7 @@ def list_files(folder: Path) -> dict[str, Path]:
     present = [name for name in (SINGLE, INDEX) if (folder / name).exists()]
     fix = "give the folder that holds it; files in other formats (.bin, .pt) are pickles, which are never opened."
     if any(folder.glob("*.gguf")):
-        fix = "GGUF files are not read: download the original model in safetensors."
+        fix = "read the GGUF file with read_gguf."
     received = " and ".join(sorted(path.name for path in folder.glob("*"))[:5]) or "nothing"
     require(len(present) > 0, f"{folder} must hold either {SINGLE} or {INDEX}.", received, fix)
     single: dict[str, Path] = {}
@@ -125,25 +126,59 @@ def read_slot(path: Path, slot: Slot, index: tuple[slice, ...]) -> np.ndarray:
         return slot.read(file.get_slice(slot.tensor), index)
 
 
-def create(folder: Path, tensors: Mapping[str, Callable[[], Any]], config: Mapping[str, Any], shard_bytes: int) -> None:
-    """Writes a new folder of tensors, each made by its function, and a config.json. It appears whole or not at all."""
+def read_tensor(path: Path, name: str) -> np.ndarray:
+    """Reads a whole tensor, of float8_e4m3fn too."""
+    fix = "download the missing shard, or choose other layers with layers=."
+    require(path.is_file(), f"{name} must be in {path}, as the index says.", "no such file", fix)
+    with opened(path) as file:
+        require(name in file.keys(), f"{name} must be in {path}.", "no such tensor", "download it again.")  # noqa: SIM118
+        part = file.get_slice(name)
+        if part.get_dtype() != "F8_E4M3":
+            return file.get_tensor(name)
+        with path.open("rb") as raw:  # safetensors makes no NumPy array of this dtype
+            begin, end = _places(raw)[name]
+            raw.seek(begin)
+            return np.frombuffer(raw.read(end - begin), ml_dtypes.float8_e4m3fn).reshape(part.get_shape())
+
+
+def _places(file: BinaryIO) -> dict[str, tuple[int, int]]:
+    """Where the bytes of each tensor begin and end in an open file. safetensors does not say it."""
+    length = int.from_bytes(file.read(8), "little")  # of the JSON that follows
+    header = json.loads(file.read(length))
+    ends = {name: tensor["data_offsets"] for name, tensor in header.items() if name != "__metadata__"}
+    return {name: (8 + length + begin, 8 + length + end) for name, (begin, end) in ends.items()}
+
+
+def create(
+    folder: Path,
+    tensors: Mapping[str, Callable[[], Any]],
+    config: Mapping[str, Any],
+    shard_bytes: int = SHARD_BYTES,
+    *,
+    single: str = SINGLE,
+    config_name: str = "config.json",
+) -> None:
+    """Writes a new folder of tensors, each made by its function, and a config. It appears whole or not at all.
+
+    The names are those of the file if there is only one, and of the config.
+    """
     require(
         not folder.exists(), "A checkpoint must be written to a new folder.", f"{folder}, which exists", "use another."
     )
     partial = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}")
     partial.mkdir(parents=True)
     try:
-        _write_json(partial / "config.json", config)
+        _write_json(partial / config_name, config)
         shards: list[list[str]] = []  # names of tensors
         total = 0
         for shard in _shards(tensors, shard_bytes):
             path = partial / f"shard-{len(shards)}"
             safetensors.numpy.save_file(shard, path, metadata={"format": "pt"})
-            shutil.copymode(partial / "config.json", path)  # which is as the umask says; safetensors makes it private
+            shutil.copymode(partial / config_name, path)  # which is as the umask says; safetensors makes it private
             shards.append(list(shard))
             total += path.stat().st_size
         count = len(shards)
-        names = [SINGLE] if count == 1 else [f"model-{i + 1:05}-of-{count:05}.safetensors" for i in range(count)]
+        names = [single] if count == 1 else [f"model-{i + 1:05}-of-{count:05}.safetensors" for i in range(count)]
         for i, name in enumerate(names):
             (partial / f"shard-{i}").rename(partial / name)
         if count > 1:
@@ -214,11 +249,9 @@ def _rewrite(path: Path, fresh: Path, tensors: Mapping[str, Any]) -> None:
     fresh.touch(mode=0o600)  # the old file may be private
     shutil.copyfile(path, fresh)
     with fresh.open("r+b") as file:
-        # safetensors does not say where a tensor begins. A file starts with eight bytes of length, then JSON.
-        length = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(length))
+        places = _places(file)
         for name, array in tensors.items():
-            file.seek(8 + length + header[name]["data_offsets"][0])
+            file.seek(places[name][0])
             file.write(np.ascontiguousarray(array()).reshape(-1).view(np.uint8).data)
         file.flush()
         _make_alike(fresh, path)

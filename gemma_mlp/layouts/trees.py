@@ -11,7 +11,9 @@ import jax
 from gemma_mlp.checks import describe, require
 from gemma_mlp.layouts import arrays
 from gemma_mlp.layouts.layout import Layout, Stored, count_layers, locate
+from gemma_mlp.layouts.quantized import as_weight, joined
 from gemma_mlp.params import LEAVES, MLPBlockParams, MLPParams, RMSNormParams, named_leaves
+from gemma_mlp.weights import LoRAWeight, QuantizedWeight
 
 
 def from_tree(tree: Any, layout: Layout) -> list[MLPBlockParams]:
@@ -21,18 +23,22 @@ def from_tree(tree: Any, layout: Layout) -> list[MLPBlockParams]:
     float64 if it is stored so.
 
     Args:
-      tree: nested mappings and lists of NumPy or JAX arrays. It may hold other parameters too. With
-        `jax.ShapeDtypeStruct`s in place of arrays, the result has them too. For Linen, pass `nn.unbox(params)`;
-        for NNX, `nnx.to_pure_dict(nnx.state(model, nnx.Param))`.
+      tree: nested mappings and lists of NumPy or JAX arrays. It may hold other parameters too, and weights that are
+        quantised as quantized.py says. With `jax.ShapeDtypeStruct`s in place of arrays, the result has them too. For
+        Linen, pass `nn.unbox(params)`; for NNX, `nnx.to_pure_dict(nnx.state(model, nnx.Param))`.
       layout: of the tree.
 
     Raises:
       ValueError: if a tensor is missing, superfluous, of a wrong shape or of a dtype that is not supported; if the
         shapes do not decide the orientation; if w does not come exactly from 1 + w.
     """
-    tensors = flatten(tree, layout.separator)
+    tensors = joined(flatten(tree, layout.separator))
     slots = locate(layout, tensors, count_layers(layout, tensors))
-    return [make_params({leaf: slot.read(tensors[slot.tensor]) for leaf, slot in layer.items()}) for layer in slots]
+
+    def read(slot):
+        return as_weight(slot.read(tensors[slot.tensor]))
+
+    return [make_params({leaf: read(slot) for leaf, slot in layer.items()}) for layer in slots]
 
 
 def to_tree(layers: Sequence[MLPBlockParams], layout: Layout) -> dict[Any, Any]:
@@ -40,7 +46,8 @@ def to_tree(layers: Sequence[MLPBlockParams], layout: Layout) -> dict[Any, Any]:
 
     Raises:
       ValueError: if the parameters do not have the shapes that `layout.config` says; if the layout has several
-        orientations and none was chosen; if w does not survive in 1 + w.
+        orientations and none was chosen; if w does not survive in 1 + w; if weights have adapters, or are quantised and
+        the layout is not :func:`gemma_mlp.layouts.gemma_mlp`.
     """
     tree: dict[Any, Any] = {}
     for name, make in stored_tensors(dict(enumerate(layers)), layout).items():
@@ -69,11 +76,31 @@ def stored_tensors(layers: Mapping[int, MLPBlockParams], layout: Layout) -> dict
             f"a layout that allows {' and '.join(stored.axes)}",
             "choose one when you make the layout: transpose_gating_einsum=True or False.",
         )
+        _require_kinds(stored, layout, leaves)
     held: dict[str, tuple[Stored, list[Mapping[str, Any]]]] = {}
     for number, layer in sorted(leaves.items()):
         for stored in layout.stored:
             held.setdefault(layout.name(stored, number), (stored, []))[1].append(layer)
     return {name: functools.partial(_assemble, layers, stored, layout, name) for name, (stored, layers) in held.items()}
+
+
+def _require_kinds(stored: Stored, layout: Layout, leaves: Mapping[int, Mapping[str, Any]]) -> None:
+    """Raises ValueError if the layout cannot hold the weights because they are adapted or quantised."""
+    for number, layer in leaves.items():
+        for leaf in stored.leaves:
+            name, weight = layout.name(stored, number), layer[leaf]
+            require(
+                not isinstance(weight, LoRAWeight),
+                f"{name} must be a weight without an adapter.",
+                "a weight with an adapter",
+                "write adapters apart: extract_adapters() and gemma_mlp.remove_lora(). Or merge them: merge_lora().",
+            )
+            require(
+                not isinstance(weight, QuantizedWeight) or stored.name == f"mlp/{leaf}",
+                f"{name} must be a dense weight. Of all layouts, only gemma_mlp holds quantised ones.",
+                "a quantised weight",
+                "call gemma_mlp.dequantize() on the parameters, or choose the layout gemma_mlp.",
+            )
 
 
 def _assemble(layers: Sequence[Mapping[str, Any]], stored: Stored, layout: Layout, name: str) -> Any:
@@ -87,7 +114,7 @@ def _assemble(layers: Sequence[Mapping[str, Any]], stored: Stored, layout: Layou
         return arrays.stack(*leaves) if "2" in axes else leaves[0]
 
     held = [of_layer(layer) for layer in layers]
-    whole = arrays.stack(*held) if "L" in axes else held[0]
+    whole = jax.tree.map(arrays.stack, *held) if "L" in axes else held[0]
     return arrays.transpose(whole, "".join(axis for axis in "L2" if axis in axes) + LEAVES[stored.leaves[0]], axes)
 
 

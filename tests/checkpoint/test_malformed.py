@@ -191,7 +191,7 @@ MALFORMED = {  # name: (what makes it, the error)
     ),
     "GGUF": (
         lambda folder: (write(folder, arrays()) / "model.safetensors").rename(folder / "model.gguf"),
-        r"must hold either .*model\.gguf.*GGUF files are not read: download the original",
+        r"must hold either .*model\.gguf.*read the GGUF file with read_gguf",
     ),
     "4 bits of bitsandbytes": (
         quantised("uint8", quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True}),
