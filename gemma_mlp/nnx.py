@@ -18,6 +18,8 @@ from gemma_mlp.nnx_weights import (
     add_lora,
     add_variables,
     dequantize,
+    extract_adapters,
+    insert_adapters,
     merge_lora,
     quantize,
     remove_lora,
@@ -28,7 +30,7 @@ from gemma_mlp.params import BIASES, WEIGHTS, MLPParams, RMSNormParams, named_le
 from gemma_mlp.weights import dense
 
 __all__ = ["MLP", "MLPBlock", "QuantizedParam", "QuantizedProjection", "RMSNorm", "adopt"]
-__all__ += ["add_lora", "dequantize", "merge_lora", "quantize", "remove_lora"]
+__all__ += ["add_lora", "dequantize", "extract_adapters", "insert_adapters", "merge_lora", "quantize", "remove_lora"]
 
 
 class MLP(nnx.Module):

@@ -8,17 +8,19 @@
 """
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+import re
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from gemma_mlp import adapters, quantization
+from gemma_mlp import adapters, layouts, quantization
 from gemma_mlp.checks import describe, require
 from gemma_mlp.config import LoRA, MLPConfig
-from gemma_mlp.params import LEAVES, LOGICAL_NAMES, WEIGHTS, LeafSpec
+from gemma_mlp.layouts import Adapter, Adapters
+from gemma_mlp.params import LEAVES, LOGICAL_NAMES, WEIGHTS, LeafSpec, MLPBlockParams, MLPParams, named_leaves
 from gemma_mlp.sharding import leaf_rules
 from gemma_mlp.weights import LORA, LoRAWeight, QuantizedWeight, known_weight, lora_axes, scale_axes
 
@@ -153,6 +155,62 @@ def remove_lora(module: M) -> M:
     return _convert(module, adapters.remove_lora, lambda config: dataclasses.replace(config, lora=None))
 
 
+def insert_adapters(module: M, adapters: Adapters) -> M:
+    """Puts adapters, such as :func:`gemma_mlp.checkpoint.read_adapters` returns, on a model, in place, and returns it.
+
+    Layer i is the i-th :class:`gemma_mlp.nnx.MLP` of `module`, in the order of their paths (`layers.2` before
+    `layers.10`). An MLP whose weights are a stack [L, in, out] is L layers, whose adapters must then be alike. The
+    factors are kept as metadata; `config.lora` stays None, since no config describes adapters of several ranks.
+
+    Raises:
+      ValueError: if there is no such layer or projection, it has an adapter already, or sizes do not fit.
+    """
+    mlps = _mlps(module)
+    layers = _layers(mlps)
+    put = layouts.insert_adapters([MLPBlockParams(None, MLPParams(**layer)) for layer in layers], adapters)  # pyright: ignore
+    _put_layers(mlps, [named_leaves(layer.mlp) for layer in put])
+    return module
+
+
+def extract_adapters(module: nnx.Module) -> dict[int, dict[str, Adapter]]:
+    """The adapters on a model, as :func:`gemma_mlp.checkpoint.write_adapters` takes them; layers are counted as in
+    :func:`insert_adapters`.
+
+    Raises:
+      ValueError: if there are none.
+    """
+    layers = _layers(_mlps(module))
+    return layouts.extract_adapters([MLPBlockParams(None, MLPParams(**layer)) for layer in layers])  # pyright: ignore
+
+
+def _layers(mlps: list[Any]) -> list[dict[str, Any]]:
+    """The weights of each layer by name; a stack of L layers is L."""
+    layers = []
+    for mlp in mlps:
+        weights = {name: _own_weight(mlp, name) for name in WEIGHTS}
+        if weights["gate_proj"].ndim == 2:
+            layers.append(weights)
+        else:
+            count = weights["gate_proj"].shape[0]
+            layers += [jax.tree.map(lambda leaf, i=i: leaf[i], weights) for i in range(count)]
+    return layers
+
+
+def _put_layers(mlps: list[Any], layers: list[dict[str, Any]]) -> None:
+    for mlp in mlps:
+        stacked = _own_weight(mlp, "gate_proj").ndim == 3
+        count = _own_weight(mlp, "gate_proj").shape[0] if stacked else 1
+        own, layers = layers[:count], layers[count:]
+        alike = all(jax.tree.map(jnp.shape, layer) == jax.tree.map(jnp.shape, own[0]) for layer in own)
+        require(
+            alike,
+            "The layers of a stack must have adapters of the same projections, ranks and factors.",
+            f"others among {count} stacked layers",
+            "pad the ranks with zeros, or unstack the layers.",
+        )
+        put_weights(mlp, jax.tree.map(lambda *leaves: jnp.stack(leaves), *own) if stacked else own[0])
+
+
 def put_weights(mlp: nnx.Module, weights: dict[str, Any]) -> None:
     """Replaces the variables of an MLP's weights by those of `weights`, with the names of the axes that they had."""
     for name, weight in weights.items():
@@ -178,13 +236,7 @@ def put_weights(mlp: nnx.Module, weights: dict[str, Any]) -> None:
 
 
 def _convert(module: M, change: Callable[[dict[str, Any]], Any], configured: Callable[[MLPConfig], MLPConfig]) -> M:
-    mlps = list(_mlps(module))
-    require(
-        bool(mlps),
-        "The module must be a gemma_mlp.nnx.MLP, or hold one.",
-        f"a {describe(module)} without one",
-        "for another library's MLP use its own ways, such as nnx.LoRA or qwix.",
-    )
+    mlps = _mlps(module)
     changed = [change({name: _own_weight(mlp, name) for name in WEIGHTS}) for mlp in mlps]
     for mlp, weights in zip(mlps, changed):  # only once all of them could be changed
         put_weights(mlp, weights)
@@ -195,10 +247,26 @@ def _convert(module: M, change: Callable[[dict[str, Any]], Any], configured: Cal
     return module
 
 
-def _mlps(module: nnx.Module) -> Iterator[Any]:
-    for _, child in nnx.iter_modules(module):
-        if isinstance(getattr(child, "config", None), MLPConfig) and all(hasattr(child, name) for name in WEIGHTS):
-            yield child
+def _mlps(module: nnx.Module) -> list[Any]:
+    """The MLPs of ours in a model, in the order of their paths. Raises ValueError if there is none."""
+
+    def is_mlp(child):
+        return isinstance(getattr(child, "config", None), MLPConfig) and all(hasattr(child, name) for name in WEIGHTS)
+
+    found = [(path, child) for path, child in nnx.iter_modules(module) if is_mlp(child)]
+    require(
+        bool(found),
+        "The module must be a gemma_mlp.nnx.MLP, or hold one.",
+        f"a {describe(module)} without one",
+        "for another library's MLP use its own ways, such as nnx.LoRA or qwix.",
+    )
+    return [child for _, child in sorted(found, key=lambda entry: [_in_order(key) for key in entry[0]])]
+
+
+def _in_order(key: Any) -> tuple[str, int]:
+    """Sorts the keys of a path: layers_2 before layers_10, whether numbers are keys of a list or part of a name."""
+    name, number = re.fullmatch(r"(.*?)(\d*)", str(key)).groups()  # pyright: ignore[reportOptionalMemberAccess]
+    return name, int(number or 0)
 
 
 def _own_weight(mlp: nnx.Module, name: str) -> Any:

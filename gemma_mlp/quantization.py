@@ -77,7 +77,7 @@ def quantized(weight: Any, dtype: str, group_size: int | None) -> Any:
     if isinstance(weight, LoRAWeight):
         return dataclasses.replace(weight, base=quantized(weight.base, dtype, group_size))
     require(
-        not isinstance(weight, QuantizedWeight)
+        not hasattr(weight, "qvalue")
         and getattr(weight, "ndim", 0) >= 2
         and getattr(weight, "dtype", jnp.dtype(bool)).name in DTYPES,
         f"A weight to quantise must be an array [in, out] in one of {', '.join(DTYPES)}.",

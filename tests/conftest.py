@@ -88,6 +88,14 @@ def eight_devices():
     """A test that uses this is left out unless there are eight devices."""
 
 
+@pytest.fixture(scope="module")
+def quick_to_compile():
+    """For tests of many small programs, whose time is mostly LLVM's. XLA's own passes all run."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
 @pytest.fixture(autouse=True)
 def strict_jax(request):
     with jax.default_matmul_precision("highest"):

@@ -19,6 +19,8 @@ from tests.support.cases import exact_block_result as exact_result
 from tests.support.cases import run_block as run
 from tests.support.vary import vary
 
+pytestmark = pytest.mark.usefixtures("quick_to_compile")
+
 
 class TestRMSNorm:
     def case(self, batch, scale=1.0):

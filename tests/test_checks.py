@@ -15,6 +15,8 @@ from gemma_mlp import MLPConfig, MLPParams, feed_forward, mlp
 from gemma_mlp.checks import check_values
 from tests.support.vary import vary
 
+pytestmark = pytest.mark.usefixtures("quick_to_compile")
+
 CONFIG = MLPConfig(8, 16)
 
 

@@ -44,12 +44,7 @@ QUICK = [
 ]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def quick_to_compile():
-    """Nearly all of the time is LLVM's, which need not optimise programs of this size. XLA's own passes all run."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+pytestmark = pytest.mark.usefixtures("quick_to_compile")
 
 
 def rows():

@@ -19,6 +19,8 @@ from gemma_mlp import MLPBlockParams, MLPConfig, MLPParams, RMSNormParams, mlp, 
 from tests.support import samples
 from tests.support.vary import vary
 
+pytestmark = pytest.mark.usefixtures("quick_to_compile")
+
 CONFIG = MLPConfig(8, 16)
 DROPOUT = dataclasses.replace(CONFIG, dropout_rate=0.5)
 LAYERS = 3

@@ -16,7 +16,18 @@ from flax import nnx
 from jax.sharding import PartitionSpec
 
 import gemma_mlp
-from gemma_mlp import LoRA, LoRAWeight, MLPBlockParams, MLPConfig, MLPParams, QuantizedWeight, mlp, mlp_block, sharding
+from gemma_mlp import (
+    LoRA,
+    LoRAWeight,
+    MLPBlockParams,
+    MLPConfig,
+    MLPParams,
+    QuantizedWeight,
+    layouts,
+    mlp,
+    mlp_block,
+    sharding,
+)
 from gemma_mlp.params import WEIGHTS
 from gemma_mlp.testing import oracle
 from gemma_mlp.testing.oracle import relative_error
@@ -24,6 +35,8 @@ from tests.support import samples
 from tests.support.cases import FLOAT32_BOUND
 from tests.support.meshes import make_mesh
 from tests.support.vary import vary
+
+pytestmark = pytest.mark.usefixtures("quick_to_compile")
 
 CONFIG = MLPConfig(64, 128)
 ADAPTER = LoRA(rank=4, alpha=6)
@@ -206,6 +219,56 @@ class TestConversionInPlace:
         blocks[0].mlp.gate_proj = nnx.Linear(64, 128, rngs=nnx.Rngs(0))
         with pytest.raises(ValueError, match=r"gate_proj must be a variable of the MLP.*Linear.*Fix: "):
             gemma_mlp.nnx.quantize(blocks, "int8")
+
+
+class TestAdaptersOfFiles:
+    """By the number of the layer, as checkpoint.read_adapters and write_adapters have them."""
+
+    def adapters(self, layers, ranks=(2, 3)):
+        rng = np.random.default_rng(3)
+
+        def adapter(name, rank):
+            sizes = (128, 64) if name == "down_proj" else (64, 128)
+            a, b = samples.normal(rng, (sizes[0], rank)), samples.normal(rng, (rank, sizes[1]))
+            return layouts.Adapter(jnp.asarray(a, "float32"), jnp.asarray(b, "float32"), 1 / rank)
+
+        return {
+            i: {"up_proj": adapter("up_proj", ranks[0]), "down_proj": adapter("down_proj", ranks[1])} for i in layers
+        }
+
+    def test_layers_are_counted_by_their_paths(self):
+        blocks = nnx.List([gemma_mlp.nnx.MLPBlock(CONFIG, rngs=nnx.Rngs(i)) for i in range(12)])
+        adapters = self.adapters((2, 10))
+        gemma_mlp.nnx.insert_adapters(blocks, adapters)
+        assert [i for i in range(12) if hasattr(blocks[i].mlp, "up_proj_lora_a")] == [2, 10]
+        chex.assert_trees_all_equal(blocks[10].mlp.down_proj_lora_b[...], adapters[10]["down_proj"].lora_b)
+        chex.assert_trees_all_equal(gemma_mlp.nnx.extract_adapters(blocks), adapters)
+        x = inputs(3)
+        params = MLPParams(**{name: getattr(blocks[2].mlp, name)[...] for name in WEIGHTS})
+        weights = {name: LoRAWeight(getattr(params, name), *adapter) for name, adapter in adapters[2].items()}
+        chex.assert_trees_all_equal(blocks[2].mlp(x), mlp(dataclasses.replace(params, **weights), x, CONFIG))
+
+    def test_a_stack_is_several_layers(self):
+        @nnx.split_rngs(splits=3)
+        @nnx.vmap
+        def make(rngs):
+            return gemma_mlp.nnx.MLPBlock(CONFIG, rngs=rngs)
+
+        stack = make(nnx.Rngs(0))
+        adapters = self.adapters((0, 1, 2))
+        gemma_mlp.nnx.insert_adapters(stack, adapters)
+        assert stack.mlp.up_proj_lora_a.shape == (3, 64, 2)
+        chex.assert_trees_all_equal(gemma_mlp.nnx.extract_adapters(stack), adapters)
+        gemma_mlp.nnx.remove_lora(stack)
+        with pytest.raises(ValueError, match=r"layers of a stack must have adapters of the same.*Fix: "):
+            gemma_mlp.nnx.insert_adapters(stack, {i: adapters[i] for i in (0, 2)})
+
+    def test_what_does_not_fit_is_refused(self):
+        block = gemma_mlp.nnx.MLPBlock(CONFIG, rngs=nnx.Rngs(0))
+        with pytest.raises(ValueError, match=r"some of the layers 0 to 0.*layer 1.*Fix: "):
+            gemma_mlp.nnx.insert_adapters(block, self.adapters((1,)))
+        with pytest.raises(ValueError, match=r"must have adapters.*Fix: "):
+            gemma_mlp.nnx.extract_adapters(block)
 
 
 @pytest.mark.promotes  # Optax does

@@ -17,6 +17,8 @@ from tests.support import samples
 from tests.support.cases import FLOAT32_BOUND, FLOOR_FACTOR, SAVES, case, errors, exact_result, floor_errors, run
 from tests.support.vary import vary
 
+pytestmark = pytest.mark.usefixtures("quick_to_compile")
+
 # These make 1, 2, 3 and 7 chunks of 7 tokens, and slices of F of 384, 256, 128 and 128. The last may be smaller.
 CHUNKS = (100, 4, 3, 1)
 HIDDEN_DIM = 320

@@ -27,6 +27,8 @@ from tests.support import weights
 from tests.support.cases import EMBED_DIM, FLOAT32_BOUND, FLOOR_FACTOR, HIDDEN_DIM, SAVES, case
 from tests.support.vary import vary
 
+pytestmark = pytest.mark.usefixtures("quick_to_compile")
+
 CHUNKS = (None, 2)
 
 
