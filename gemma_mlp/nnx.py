@@ -19,10 +19,12 @@ from gemma_mlp.nnx_weights import (
     add_variables,
     dequantize,
     extract_adapters,
+    get_params,
     insert_adapters,
     merge_lora,
     quantize,
     remove_lora,
+    set_params,
     weight_of,
 )
 from gemma_mlp.op.api import mlp, mlp_hidden
@@ -30,7 +32,8 @@ from gemma_mlp.params import BIASES, WEIGHTS, MLPParams, RMSNormParams, named_le
 from gemma_mlp.weights import dense
 
 __all__ = ["MLP", "MLPBlock", "QuantizedParam", "QuantizedProjection", "RMSNorm", "adopt"]
-__all__ += ["add_lora", "dequantize", "extract_adapters", "insert_adapters", "merge_lora", "quantize", "remove_lora"]
+__all__ += ["add_lora", "dequantize", "extract_adapters", "get_params", "insert_adapters", "merge_lora", "quantize"]
+__all__ += ["remove_lora", "set_params"]
 
 
 class MLP(nnx.Module):

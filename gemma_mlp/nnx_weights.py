@@ -20,7 +20,17 @@ from gemma_mlp import adapters, layouts, quantization
 from gemma_mlp.checks import describe, require
 from gemma_mlp.config import LoRA, MLPConfig
 from gemma_mlp.layouts import Adapter, Adapters
-from gemma_mlp.params import LEAVES, LOGICAL_NAMES, WEIGHTS, LeafSpec, MLPBlockParams, MLPParams, named_leaves
+from gemma_mlp.params import (
+    BIASES,
+    LEAVES,
+    LOGICAL_NAMES,
+    WEIGHTS,
+    LeafSpec,
+    MLPBlockParams,
+    MLPParams,
+    RMSNormParams,
+    named_leaves,
+)
 from gemma_mlp.sharding import leaf_rules
 from gemma_mlp.weights import LORA, LoRAWeight, QuantizedWeight, known_weight, lora_axes, scale_axes
 
@@ -153,6 +163,41 @@ def merge_lora(module: M) -> M:
 def remove_lora(module: M) -> M:
     """Takes the adapters off each :class:`gemma_mlp.nnx.MLP` in `module`, in place, and returns `module`."""
     return _convert(module, adapters.remove_lora, lambda config: dataclasses.replace(config, lora=None))
+
+
+def get_params(block: Any) -> MLPBlockParams:
+    """The parameters of a :class:`gemma_mlp.nnx.MLPBlock`, as :func:`gemma_mlp.mlp_block` and checkpoints take them."""
+    weights = {name: _own_weight(block.mlp, name) for name in WEIGHTS}
+    biases = {name: getattr(block.mlp, name).get_value() for name in BIASES if hasattr(block.mlp, name)}
+    pre_norm, post_norm = (norm and RMSNormParams(norm.scale.get_value()) for norm in (block.pre_norm, block.post_norm))
+    return MLPBlockParams(pre_norm, MLPParams(**weights, **biases), post_norm)
+
+
+def set_params(block: Any, params: MLPBlockParams) -> None:
+    """Gives a :class:`gemma_mlp.nnx.MLPBlock` these parameters, such as those that a checkpoint holds.
+
+    Its weights become quantised or adapted where those of `params` are.
+
+    Raises:
+      ValueError: if `params` are not of the block's sizes, or lack a norm or biases that it has.
+    """
+
+    def shapes(params):
+        leaves = {"pre_norm": params.pre_norm.scale, **named_leaves(params.mlp)}
+        leaves |= {} if params.post_norm is None else {"post_norm": params.post_norm.scale}
+        return {name: tuple(leaf.shape) for name, leaf in leaves.items()}
+
+    expected, received = shapes(get_params(block)), shapes(params)
+    fix = "make the block with the checkpoint's config: gemma_mlp.checkpoint.read_config."
+    require(expected == received, f"The parameters must be {expected}.", str(received), fix)
+    block.pre_norm.scale.set_value(params.pre_norm.scale)
+    if params.post_norm is not None:
+        block.post_norm.scale.set_value(params.post_norm.scale)
+    leaves = named_leaves(params.mlp)
+    for name in BIASES:
+        if name in leaves:
+            getattr(block.mlp, name).set_value(leaves[name])
+    put_weights(block.mlp, {name: known_weight(leaves[name]) for name in WEIGHTS})
 
 
 def insert_adapters(module: M, adapters: Adapters) -> M:

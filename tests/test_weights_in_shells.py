@@ -22,7 +22,6 @@ from gemma_mlp import (
     MLPBlockParams,
     MLPConfig,
     MLPParams,
-    QuantizedWeight,
     layouts,
     mlp,
     mlp_block,
@@ -70,20 +69,9 @@ def make_params(config, layers=None):
 
 
 def nnx_block(config, params):
-    block = nnx.eval_shape(lambda: gemma_mlp.nnx.MLPBlock(config, rngs=nnx.Rngs(0)))
-    block.pre_norm.scale.set_value(params.pre_norm.scale)
-    block.post_norm.scale.set_value(params.post_norm.scale)
-    for name in WEIGHTS:
-        weight = getattr(params.mlp, name)
-        if isinstance(weight, LoRAWeight):
-            getattr(block.mlp, f"{name}_lora_a").set_value(weight.lora_a)
-            getattr(block.mlp, f"{name}_lora_b").set_value(weight.lora_b)
-            weight = weight.base
-        if isinstance(weight, QuantizedWeight):
-            getattr(block.mlp, name).qvalue.set_value(weight.qvalue)
-            getattr(block.mlp, name).scale.set_value(weight.scale)
-        else:
-            getattr(block.mlp, name).set_value(weight)
+    block = gemma_mlp.nnx.MLPBlock(config, rngs=nnx.Rngs(7))
+    gemma_mlp.nnx.set_params(block, params)
+    chex.assert_trees_all_equal(gemma_mlp.nnx.get_params(block), params)
     return block
 
 
@@ -219,6 +207,13 @@ class TestConversionInPlace:
         blocks[0].mlp.gate_proj = nnx.Linear(64, 128, rngs=nnx.Rngs(0))
         with pytest.raises(ValueError, match=r"gate_proj must be a variable of the MLP.*Linear.*Fix: "):
             gemma_mlp.nnx.quantize(blocks, "int8")
+
+
+def test_parameters_of_another_block_are_refused():
+    block = gemma_mlp.nnx.MLPBlock(CONFIG, rngs=nnx.Rngs(0))
+    for other in ({"hidden_dim": 256}, {"post_norm": False}, {"use_bias": True}):
+        with pytest.raises(ValueError, match=r"The parameters must be .*Fix: make the block with the checkpoint's"):
+            gemma_mlp.nnx.set_params(block, make_params(dataclasses.replace(CONFIG, **other)))
 
 
 class TestAdaptersOfFiles:
