@@ -12,18 +12,20 @@ from gemma_mlp.adopt import adopt, qwix_rule, refuse_qwix
 from gemma_mlp.block import add_modules, rms_norm
 from gemma_mlp.config import MLPConfig
 from gemma_mlp.dtypes import accumulation_dtype, compute_dtype
-from gemma_mlp.nnx_weights import (
-    QuantizedParam,
-    QuantizedProjection,
+from gemma_mlp.nnx_convert import (
     add_lora,
-    add_variables,
     dequantize,
     extract_adapters,
-    get_params,
     insert_adapters,
     merge_lora,
     quantize,
     remove_lora,
+)
+from gemma_mlp.nnx_weights import (
+    QuantizedParam,
+    QuantizedProjection,
+    add_variables,
+    get_params,
     set_params,
     weight_of,
 )
