@@ -4,6 +4,8 @@
     python scripts/train_toy.py --config.data=FILE_OR_FOLDER --config.workdir=runs/mine      # on your own text
     python scripts/train_toy.py --config.api=linen                        # in Linen instead of NNX
     python scripts/train_toy.py --config.mesh="fsdp=2,tensor=2"           # on a machine with four devices
+    python scripts/train_toy.py --config.lora_rank=8 --config.base=runs/train_toy-nnx --config.data=FILE_OR_FOLDER \
+        --config.workdir=runs/tuned                                       # adapters on a finished run, which stays
 
 It writes metrics.jsonl, TensorBoard events, loss.png, summary.json and checkpoints to config.workdir, which is
 runs/train_toy-nnx by default. You can interrupt it at any time. The same command then continues from the last
@@ -44,11 +46,15 @@ def main():
 def report(summary, workdir):
     print(f"\nBits per byte of the held-out text ({summary['heldout_bytes']:,} bytes):")
     for name, key in (
-        ("this model", "heldout"),
-        ("xz -9e after the training text", "xz"),
-        ("unigram entropy", "unigram"),
+        ("this model", "heldout_bits_per_byte"),
+        ("its base, before fine-tuning", "heldout_bits_per_byte_before"),
+        ("xz -9e after the training text", "xz_bits_per_byte"),
+        ("unigram entropy", "unigram_bits_per_byte"),
     ):
-        print(f"  {name:32}{summary[f'{key}_bits_per_byte']:.3f}")
+        if key in summary:
+            print(f"  {name:32}{summary[key]:.3f}")
+    if "sample_before" in summary:
+        print(f"\nBefore fine-tuning:\n\n{summary['sample_before']}\n\nAfter:")
     print(f"\n{summary['sample']}\n\n{summary['seconds']:.0f} s. Written to {workdir}: metrics.jsonl,")
     print("TensorBoard events, loss.png, summary.json, checkpoints.")
 
