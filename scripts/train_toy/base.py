@@ -55,7 +55,7 @@ def identity(config: RunConfig) -> dict[str, Any]:
 
 
 def load(config: RunConfig, steps: int, placement: Placement) -> Params:
-    """The parameters of the finished run in `config.base` after its `steps` steps, in few bits if the config says so."""
+    """The parameters of the finished run in `config.base` after its `steps` steps, in few bits if `config` says so."""
     mlp = dataclasses.replace(config.mlp, lora=None, weight_dtype=None, group_size=None, axis_rules=placement.rules)
     sizes = (mlp, config.num_layers, config.num_heads)
     model = language_model.make(config.api, *sizes)
