@@ -4,8 +4,6 @@
     python scripts/train_toy.py --config.data=FILE_OR_FOLDER --config.workdir=runs/mine      # on your own text
     python scripts/train_toy.py --config.api=linen                        # in Linen instead of NNX
     python scripts/train_toy.py --config.mesh="fsdp=2,tensor=2"           # on a machine with four devices
-    python scripts/train_toy.py --config.lora_rank=8 --config.base=runs/train_toy-nnx --config.data=FILE_OR_FOLDER \
-        --config.workdir=runs/tuned                                       # adapters on a finished run, which stays
 
 It writes metrics.jsonl, TensorBoard events, loss.png, summary.json and checkpoints to config.workdir, which is
 runs/train_toy-nnx by default. You can interrupt it at any time. The same command then continues from the last
@@ -16,6 +14,11 @@ cluster that JAX knows, add --distributed. Otherwise tell each process the addre
 and its own number:
 
     python scripts/train_toy.py --config.mesh="fsdp=8" --coordinator_address=HOST:PORT --num_processes=2 --process_id=0
+
+To fine-tune a finished run on another text, train LoRA adapters on top of it. Its weights are frozen, and with
+--config.base_dtype=int4 rounded to few bits. Its folder is only read:
+
+    python scripts/train_toy.py --config.lora_rank=8 --config.base=runs/mine --config.workdir=runs/new --config.data=FILE
 
 configs/train_toy.py lists all settings. scripts/train_toy/README.md says more and has results.
 """

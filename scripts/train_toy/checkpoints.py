@@ -45,11 +45,10 @@ def restore_or_init(
 
 
 def restore_params(workdir: Path, step: int, model: LanguageModel, shardings: Params) -> Params:
-    """The parameters of a run's checkpoint of `step`, without its optimizer state. Nothing is written to the folder."""
+    """The parameters of a run's checkpoint of `step`, without its optimizer state."""
     wanted = {"params": _targets(jax.eval_shape(model.init, jax.random.key(0)), shardings)}
     arguments = ocp.checkpoint_utils.construct_restore_args(wanted)
-    options = ocp.CheckpointManagerOptions(create=False)
-    with ocp.CheckpointManager(workdir / "checkpoints", options=options) as manager:
+    with open_manager(workdir) as manager:
         restore = ocp.args.PyTreeRestore(wanted, restore_args=arguments, partial_restore=True)
         return manager.restore(step, args=restore)["params"]
 
