@@ -18,7 +18,7 @@ and its own number:
 To fine-tune a finished run on another text, train LoRA adapters on top of it. Its weights are frozen, and with
 --config.base_dtype=int4 rounded to few bits. Its folder is only read:
 
-    python scripts/train_toy.py --config.lora_rank=8 --config.base=runs/mine --config.workdir=runs/new --config.data=FILE
+    python scripts/train_toy.py --config.lora_rank=8 --config.base=runs/mine --config.data=FILE --config.workdir=runs/2
 
 configs/train_toy.py lists all settings. scripts/train_toy/README.md says more and has results.
 """

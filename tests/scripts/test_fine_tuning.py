@@ -185,6 +185,12 @@ def test_a_fine_tuning_continues_only_with_its_base_and_its_adapters(finished, t
         train(config(tuned[0], other, base=str(changed), **TUNING, **INT4))
 
 
+def test_a_run_without_adapters_is_known_by_the_fields_it_had_before_there_were_adapters(finished):
+    """So folders of older versions can be continued, and can be bases."""
+    identity = json.loads((finished[0] / "config.json").read_text())
+    assert not {name for name in identity if "lora" in name or "base" in name}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["", "int8"])
 def test_adapters_learn_in_linen(dtype, finished, other, tmp_path):
