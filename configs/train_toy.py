@@ -39,4 +39,11 @@ def get_config() -> ml_collections.ConfigDict:
     config.sample_bytes = 400  # the length of the text that the trained model writes
     config.prompt = ""  # the text that the sample continues; empty means the end of the training text
     config.check_values = False  # whether to check in every step that all values are finite, which is slower
+
+    # Fine-tuning: only LoRA adapters of the feed-forwards are trained, on top of a finished run, which stays as it is.
+    config.lora_rank = 0  # the rank of the adapters; 0 trains all parameters of a new model, without a base
+    config.lora_alpha = 0.0  # the adapters' product counts lora_alpha / lora_rank; 0 means that it counts once
+    config.base = ""  # the workdir of the finished run
+    config.base_dtype = ""  # "int8" or "int4" round the base's feed-forward weights to few bits; empty rounds nothing
+    config.base_group_size = 0  # so many of these numbers share a scale, such as 32; 0 means all of an output channel
     return config

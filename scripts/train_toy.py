@@ -15,6 +15,11 @@ and its own number:
 
     python scripts/train_toy.py --config.mesh="fsdp=8" --coordinator_address=HOST:PORT --num_processes=2 --process_id=0
 
+To fine-tune a finished run on another text, train LoRA adapters on top of it. Its weights are frozen, and with
+--config.base_dtype=int4 rounded to few bits. Its folder is only read:
+
+    python scripts/train_toy.py --config.lora_rank=8 --config.base=runs/mine --config.data=FILE --config.workdir=runs/2
+
 configs/train_toy.py lists all settings. scripts/train_toy/README.md says more and has results.
 """
 
@@ -44,11 +49,15 @@ def main():
 def report(summary, workdir):
     print(f"\nBits per byte of the held-out text ({summary['heldout_bytes']:,} bytes):")
     for name, key in (
-        ("this model", "heldout"),
-        ("xz -9e after the training text", "xz"),
-        ("unigram entropy", "unigram"),
+        ("this model", "heldout_bits_per_byte"),
+        ("its base, before fine-tuning", "heldout_bits_per_byte_before"),
+        ("xz -9e after the training text", "xz_bits_per_byte"),
+        ("unigram entropy", "unigram_bits_per_byte"),
     ):
-        print(f"  {name:32}{summary[f'{key}_bits_per_byte']:.3f}")
+        if key in summary:
+            print(f"  {name:32}{summary[key]:.3f}")
+    if "sample_before" in summary:
+        print(f"\nBefore fine-tuning:\n\n{summary['sample_before']}\n\nAfter:")
     print(f"\n{summary['sample']}\n\n{summary['seconds']:.0f} s. Written to {workdir}: metrics.jsonl,")
     print("TensorBoard events, loss.png, summary.json, checkpoints.")
 

@@ -58,7 +58,7 @@ def plot_loss(path: Path, metrics: list[dict[str, Any]], yardsticks: dict[str, f
     ):
         points = [(record["step"], record[name]) for record in metrics if name in record]
         axes.plot(*zip(*points), label=label, marker=marker)
-    for (name, bits), style in zip(yardsticks.items(), ("--", ":")):
+    for (name, bits), style in zip(yardsticks.items(), ("--", ":", "-.")):
         axes.axhline(bits, label=f"{name}: {bits:.2f}", linestyle=style, color="gray")
     axes.set(xlabel="step", ylabel="bits per byte", ylim=(0, None))
     axes.legend()

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from byte_decoder import data, language_model
 from byte_decoder.evaluation import make_evaluation
@@ -19,18 +20,19 @@ from tqdm import tqdm
 from workdir import claim_workdir, write_atomically
 
 from gemma_mlp.checks import check_values, require
-from train_toy import checkpoints, processes, records, sampling, yardsticks
+from train_toy import base, checkpoints, processes, records, sampling, yardsticks
 from train_toy.run_config import RunConfig
 
 
 def train(config: RunConfig) -> dict[str, Any]:
-    """Trains from the last checkpoint in `config.workdir`, or from scratch, and returns the summary it writes there.
+    """Trains from the last checkpoint in `config.workdir`, or from the start, and returns the summary it writes there.
 
     With several processes, each computes on its own devices and reads its own rows of every batch. The first process
     writes the records.
 
     Raises:
-      ValueError: if the folder holds a run of another configuration or of other data.
+      ValueError: if the folder holds a run of another configuration or of other data, or `config.base` holds none that
+        fits.
       FloatingPointError: if the loss is not finite.
     """
     started = time.monotonic()
@@ -46,9 +48,20 @@ def train(config: RunConfig) -> dict[str, Any]:
         f"{config.batch_size}, not a multiple of {placement.row_shards}",
         "pass --config.batch_size=VALUE.",
     )
+    identity, frozen = config.identity() | {"corpus_sha256": corpus.sha256}, {}
+    if config.base:
+        base_identity = base.identity(config)
+        identity |= {f"base.{name}": value for name, value in base_identity.items()}
+        frozen = base.load(config, base_identity["steps"], placement)
+    whole = functools.partial(language_model.join, frozen)
     batch = make_batches(corpus, config, placement)
     shardings = checkpoints.state_shardings(config.api, sizes, model, optimizer, placement)
-    train_step = make_train_step(functools.partial(mean_loss, model), optimizer)
+
+    def loss_of(trained, batch):  # `frozen` is an argument of the step, since a constant would be compiled into it
+        frozen, windows = batch
+        return mean_loss(model, language_model.join(frozen, trained), windows)
+
+    train_step = make_train_step(loss_of, optimizer)
     if config.check_values:
         train_step = check_values(train_step)
     else:
@@ -57,15 +70,22 @@ def train(config: RunConfig) -> dict[str, Any]:
     evaluate = make_evaluation(model, corpus, config.seq_len, placement)
 
     if processes.is_first():
-        claim_workdir(workdir, config.identity() | {"corpus_sha256": corpus.sha256})
+        claim_workdir(workdir, identity)
     processes.wait_for_all("the folder is claimed")
 
     with processes.all_or_none(), checkpoints.open_manager(workdir) as manager:
         state, first = checkpoints.restore_or_init(manager, model, optimizer, config.seed, shardings)
         log = records.MetricsLog(workdir, first) if processes.is_first() else None
         with log or contextlib.nullcontext(), progress_bar(config, first) as bar:
+            before = {}
+            if config.base:
+                params = whole(jax.tree.map(jnp.zeros_like, state.params))  # adapters of zeros change nothing
+                before["heldout_bits_per_byte_before"] = evaluate(params)
+                before["sample_before"] = sample(processes.gathered(params), corpus, config)
+                if log and first == 0:
+                    log.text(0, "sample", before["sample_before"])
             pending, shown, heldout = [], {}, None
-            steps = optimise(train_step, state, batch, first + 1, config.steps)
+            steps = optimise(train_step, state, lambda step: (frozen, batch(step)), first + 1, config.steps)
             for step, state, loss in steps:
                 pending.append((step, loss))
                 last = step == config.steps
@@ -77,7 +97,7 @@ def train(config: RunConfig) -> dict[str, Any]:
                             log.write(logged_step, train_bits_per_byte=shown["train"])
                     pending.clear()
                 if step % config.eval_every == 0 or last:
-                    shown["heldout"] = heldout = evaluate(state.params)
+                    shown["heldout"] = heldout = evaluate(whole(state.params))
                     if log:
                         log.write(step, heldout_bits_per_byte=heldout)
                 if saving:
@@ -87,8 +107,8 @@ def train(config: RunConfig) -> dict[str, Any]:
                 bar.set_postfix(shown, refresh=False)
                 bar.update(config.batch_size * config.seq_len)
             if heldout is None:  # an earlier run had already done all steps
-                heldout = evaluate(state.params)
-            text = sample(processes.gathered(state.params), corpus, config)
+                heldout = evaluate(whole(state.params))
+            text = sample(processes.gathered(whole(state.params)), corpus, config)
             if log:
                 log.text(config.steps, "sample", text)
 
@@ -98,15 +118,18 @@ def train(config: RunConfig) -> dict[str, Any]:
         "xz_bits_per_byte": yardsticks.xz_bits_per_byte(corpus.train, corpus.heldout),
         "train_bytes": len(corpus.train),
         "heldout_bytes": len(corpus.heldout),
-        "parameters": sum(leaf.size for leaf in jax.tree.leaves(state.params)),
+        "parameters": sum(leaf.size for leaf in jax.tree.leaves(whole(state.params))),
+        "trained_parameters": sum(leaf.size for leaf in jax.tree.leaves(state.params)),
         "steps": config.steps,
         "continued_from_step": first,
         "sample": text,
         "seconds": time.monotonic() - started,
-    }
+    } | before
     if log:
         write_atomically(workdir / "summary.json", json.dumps(summary, indent=2))
         lines = {"unigram entropy": summary["unigram_bits_per_byte"], "xz -9e": summary["xz_bits_per_byte"]}
+        if before:
+            lines["before fine-tuning"] = before["heldout_bits_per_byte_before"]
         records.plot_loss(workdir / "loss.png", records.read_metrics(workdir), lines)
     return summary
 

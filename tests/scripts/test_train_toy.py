@@ -1,30 +1,29 @@
 """train_toy.py: it learns, it continues exactly, and it refuses to mix runs."""
 
 import json
-import os
-import signal
-import struct
 import subprocess
-import time
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from byte_decoder import data, language_model
-from tensorboardX.proto import event_pb2
-from train_toy import checkpoints, run, yardsticks
+from train_toy import run, yardsticks
 from train_toy.run import train
 
-from tests.scripts.toy import COMMAND, SMALL, config, flags, metrics
+from tests.scripts.toy import (
+    COMMAND,
+    SMALL,
+    check_records,
+    check_same_runs,
+    config,
+    flags,
+    interrupt_at,
+    kill_after_step,
+    metrics,
+)
 
 pytestmark = pytest.mark.promotes
-
-
-def final_params(workdir):
-    with checkpoints.open_manager(Path(workdir).resolve()) as manager:
-        return jax.tree.leaves(manager.restore(manager.latest_step()))
 
 
 def test_a_run_learns_and_leaves_its_records(finished):
@@ -43,39 +42,6 @@ def test_a_longer_run_learns_more_than_byte_frequencies(api, text, tmp_path):
     # Two layers of width 16 learn this from the 19,200 bytes they see.
     assert summary["heldout_bits_per_byte"] < summary["unigram_bits_per_byte"] - 0.3
     check_records(tmp_path, summary, 300, 100)
-
-
-def check_records(workdir, summary, steps, eval_every):
-    """The run left a summary, a figure, a sample, and every loss both as a JSON line and as a TensorBoard event."""
-    assert json.loads((workdir / "summary.json").read_text()) == summary
-    assert (workdir / "loss.png").read_bytes().startswith(b"\x89PNG")
-    assert summary["sample"].count("|") >= 1
-    history = metrics(workdir)
-    assert [record["step"] for record in history if "train_bits_per_byte" in record] == list(range(1, steps + 1))
-    evaluated = [record["step"] for record in history if "heldout_bits_per_byte" in record]
-    assert evaluated == list(range(eval_every, steps + 1, eval_every))
-    assert history[-1]["heldout_bits_per_byte"] == summary["heldout_bits_per_byte"]
-    assert tensorboard_scalars(workdir) == {
-        (record["step"], name): np.float32(value)
-        for record in history
-        for name, value in record.items()
-        if name != "step"
-    }
-
-
-def tensorboard_scalars(workdir):
-    """{(step, tag): value} from the event files, whose records are length, checksum, protocol buffer, checksum."""
-    scalars = {}
-    for path in Path(workdir).glob("events.out.tfevents.*"):
-        content, offset = path.read_bytes(), 0
-        while offset < len(content):
-            (length,) = struct.unpack_from("<Q", content, offset)
-            event = event_pb2.Event.FromString(content[offset + 12 : offset + 12 + length])
-            for value in event.summary.value:
-                if value.HasField("simple_value"):
-                    scalars[event.step, value.tag] = np.float32(value.simple_value)
-            offset += length + 16
-    return scalars
 
 
 def test_both_shells_have_one_tree_and_give_the_same_logits():
@@ -102,16 +68,7 @@ def test_interrupted_and_continued_gives_exactly_the_numbers_of_an_uninterrupted
     text, finished, tmp_path, monkeypatch
 ):
     whole, summary = finished
-
-    def interrupt(step, loss):
-        if step == 15:
-            raise KeyboardInterrupt
-        return bits(step, loss)
-
-    bits = run.bits
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(run, "bits", interrupt)
-        train(config(tmp_path, text))
+    interrupt_at(15, config(tmp_path, text), monkeypatch)
     assert not (tmp_path / "summary.json").exists()
     continued = train(config(tmp_path, text))
     assert continued["continued_from_step"] == 10
@@ -126,14 +83,7 @@ def test_killed_and_continued_gives_exactly_the_numbers_of_an_uninterrupted_run(
 
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     subprocess.run([*command, f"--config.workdir={whole}"], check=True, capture_output=True)
-    process = subprocess.Popen(
-        [*command, f"--config.workdir={cut}"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
-    deadline = time.monotonic() + 120
-    while not (cut / "checkpoints" / "20").exists() and time.monotonic() < deadline:
-        time.sleep(0.02)
-    os.kill(process.pid, signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
+    kill_after_step(20, command, cut)
     assert not (cut / "summary.json").exists()
 
     continued = subprocess.run([*command, f"--config.workdir={cut}"], check=True, capture_output=True, text=True)
@@ -141,13 +91,6 @@ def test_killed_and_continued_gives_exactly_the_numbers_of_an_uninterrupted_run(
     summaries = [json.loads((run / "summary.json").read_text()) for run in (whole, cut)]
     assert summaries[0]["continued_from_step"] == 0 and 20 <= summaries[1]["continued_from_step"] < steps
     check_same_runs(whole, summaries[0], cut, summaries[1])
-
-
-def check_same_runs(workdir, summary, other, other_summary):
-    assert summary["sample"] == other_summary["sample"]
-    assert metrics(workdir) == metrics(other)
-    for a, b in zip(final_params(workdir), final_params(other), strict=True):
-        np.testing.assert_array_equal(a, b)
 
 
 def test_a_finished_run_is_not_trained_further(text, finished):
