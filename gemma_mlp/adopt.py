@@ -179,8 +179,8 @@ def refuse_qwix(rule: Any) -> None:
         rule is None,
         "qwix must not rewrite the matmuls of this package's modules: it would find some of their weights and not all.",
         f"qwix's {type(rule).__name__} for {getattr(rule, 'module_path', '')!r}",
-        "leave the MLP out of the rule's module_path, or make its projections of nnx.Linear and call "
-        "gemma_mlp.nnx.adopt(module, config), which leaves them to qwix.",
+        "leave the MLP out of the rule's module_path, and call gemma_mlp.nnx.quantize or add_lora; for Linen set "
+        "weight_dtype or lora in the config. (An MLP of nnx.Linear with gemma_mlp.nnx.adopt is left to qwix.)",
     )
 
 

@@ -378,6 +378,16 @@ class TestMeshes:
             assert relative_error(ours, np.asarray(theirs, np.float64)) <= 2 * FLOAT32_BOUND
 
 
+class OfLinears(nnx.Module):
+    def __init__(self, rngs):
+        self.gate_proj = nnx.Linear(64, 128, use_bias=False, rngs=rngs)
+        self.up_proj = nnx.Linear(64, 128, use_bias=False, rngs=rngs)
+        self.down_proj = nnx.Linear(128, 64, use_bias=False, rngs=rngs)
+
+    def __call__(self, x):
+        return self.down_proj(nnx.gelu(self.gate_proj(x)) * self.up_proj(x))
+
+
 class TestQwix:
     """qwix as the independent reference, and its arrays as our leaves."""
 
@@ -422,21 +432,28 @@ class TestQwix:
 
     @pytest.mark.filterwarnings("ignore::DeprecationWarning")
     @pytest.mark.promotes
+    @pytest.mark.parametrize("trained", [False, True])
+    @pytest.mark.parametrize(("dtype", "group_size"), [("int8", None), ("int4", 32)])
+    def test_quantised_weights_are_qwixs(self, dtype, group_size, trained):
+        """On nnx.Linear, quantised after training, or in every step of a training that knows of it."""
+        theirs, x = OfLinears(nnx.Rngs(0)), inputs(3)
+        rule = {"module_path": ".*_proj", "weight_qtype": dtype, "tile_size": group_size}
+        provider = (
+            qwix.QtProvider([qwix.QtRule(**rule)]) if trained else qwix.PtqProvider([qwix.QuantizationRule(**rule)])
+        )
+        params = MLPParams(**{name: getattr(theirs, name).kernel[...] for name in WEIGHTS})
+        ours = gemma_mlp.quantize(params, dtype, group_size)
+        expected = np.asarray(qwix.quantize_model(theirs, provider, x)(x), np.float64)
+        assert relative_error(mlp(ours, x, CONFIG), expected) <= 2 * FLOAT32_BOUND
+
+    @pytest.mark.filterwarnings("ignore::DeprecationWarning")
+    @pytest.mark.promotes
     def test_lora_is_qwixs(self):
         """On nnx.Linear, with qwix's own adapters copied to ours: alpha / rank, A and B in these places."""
 
-        class Theirs(nnx.Module):
-            def __init__(self, rngs):
-                self.gate_proj = nnx.Linear(64, 128, use_bias=False, rngs=rngs)
-                self.up_proj = nnx.Linear(64, 128, use_bias=False, rngs=rngs)
-                self.down_proj = nnx.Linear(128, 64, use_bias=False, rngs=rngs)
-
-            def __call__(self, x):
-                return self.down_proj(nnx.gelu(self.gate_proj(x)) * self.up_proj(x))
-
         x = inputs(3)
         provider = qwix.LoraProvider(module_path=".*_proj", rank=4, alpha=6.0)
-        theirs = qwix.apply_lora_to_model(Theirs(nnx.Rngs(0)), provider, x, rngs=nnx.Rngs(1))
+        theirs = qwix.apply_lora_to_model(OfLinears(nnx.Rngs(0)), provider, x, rngs=nnx.Rngs(1))
         ours = gemma_mlp.nnx.MLP(CONFIG, rngs=nnx.Rngs(2))
         gemma_mlp.nnx.add_lora(ours, rank=4, alpha=6.0, rngs=nnx.Rngs(3))
         for name in WEIGHTS:
@@ -446,6 +463,34 @@ class TestQwix:
             getattr(ours, f"{name}_lora_a").set_value(linear.kernel_lora_a[...])
             getattr(ours, f"{name}_lora_b").set_value(linear.kernel_lora_b[...])
         assert relative_error(ours(x), np.asarray(theirs(x), np.float64)) <= 2 * FLOAT32_BOUND
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.promotes
+class TestQwixProviders:
+    """They would find one of three weights, so each is refused in each shell, with the ways that work."""
+
+    RULE = qwix.QuantizationRule(module_path=".*", weight_qtype="int8")
+    PROVIDERS = {
+        "lora": lambda: qwix.LoraProvider(module_path=".*", rank=4, alpha=8.0),
+        "weights after training": lambda: qwix.PtqProvider([TestQwixProviders.RULE]),
+        "training": lambda: qwix.QtProvider([qwix.QtRule(module_path=".*", weight_qtype="int8")]),
+    }
+    MESSAGE = r"(?s)must not rewrite the matmuls of this package.*Fix: .*gemma_mlp.nnx.quantize or add_lora"
+
+    @pytest.mark.parametrize("provider", PROVIDERS)
+    def test_nnx(self, provider):
+        block = gemma_mlp.nnx.MLPBlock(CONFIG, rngs=nnx.Rngs(0))
+        change = qwix.apply_lora_to_model if provider == "lora" else qwix.quantize_model
+        with pytest.raises(ValueError, match=self.MESSAGE):
+            change(block, self.PROVIDERS[provider](), inputs(3), rngs=nnx.Rngs(1))(inputs(3))
+
+    @pytest.mark.parametrize("provider", PROVIDERS)
+    def test_linen(self, provider):
+        change = qwix.apply_lora_to_model if provider == "lora" else qwix.quantize_model
+        block = change(gemma_mlp.linen.MLPBlock(CONFIG), self.PROVIDERS[provider]())
+        with pytest.raises(ValueError, match=self.MESSAGE):
+            block.init(jax.random.key(0), inputs(3))
 
 
 class TestBadInput:

@@ -193,7 +193,7 @@ def test_the_readmes_recipe(name):
 @pytest.mark.parametrize("provider", ["LoRA", "int8"])
 def test_qwix_on_our_own_modules_is_refused_with_the_way_out(provider):
     mlp, x = gemma_mlp.nnx.MLP(CONFIG, rngs=nnx.Rngs(0)), jnp.ones((2, D))
-    with pytest.raises(ValueError, match=r"gemma_mlp\.nnx\.adopt"):
+    with pytest.raises(ValueError, match=r"gemma_mlp\.nnx\.quantize"):
         if provider == "LoRA":
             provider = qwix.LoraProvider(module_path=".*", rank=4, alpha=8.0)
             qwix.apply_lora_to_model(mlp, provider, x, rngs=nnx.Rngs(1))
