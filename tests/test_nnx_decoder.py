@@ -11,7 +11,7 @@ import gemma_mlp
 from gemma_mlp import MLPConfig, checkpoint, layouts, mlp_block
 from gemma_mlp.testing.oracle import relative_error
 
-pytestmark = pytest.mark.promotes  # Flax and Orbax rely on it
+pytestmark = [pytest.mark.usefixtures("quick_to_compile"), pytest.mark.promotes]  # Flax and Orbax rely on it
 
 D, F, LAYERS, VOCABULARY = 32, 48, 3, 50
 CONFIG = MLPConfig(D, F)

@@ -16,7 +16,7 @@ from tests.support.programs import PROGRAMS, exported, transformed
 from tests.support.programs.formulas import D, F, Ours, Plain, make_params
 from tests.support.vary import slow
 
-pytestmark = pytest.mark.promotes  # the plain formula and Flax rely on it
+pytestmark = [pytest.mark.usefixtures("quick_to_compile"), pytest.mark.promotes]  # which plain code and Flax rely on
 
 README = pathlib.Path(__file__).parent.parent / "gemma_mlp" / "op" / "README.md"
 LENGTHS = {"several": 5, "one": 1, "none": 0}
@@ -42,9 +42,6 @@ QUICK = [
     "nnx.shard_map",
     "nn.scan over layers, with remat",
 ]
-
-
-pytestmark = pytest.mark.usefixtures("quick_to_compile")
 
 
 def rows():

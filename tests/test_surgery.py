@@ -13,7 +13,7 @@ import gemma_mlp
 from gemma_mlp import MLPConfig
 from gemma_mlp.testing.oracle import relative_error
 
-pytestmark = pytest.mark.promotes  # Flax's own modules rely on it
+pytestmark = [pytest.mark.usefixtures("quick_to_compile"), pytest.mark.promotes]  # Flax's own modules rely on it
 
 D, F = 16, 256
 CONFIG = MLPConfig(D, F)
