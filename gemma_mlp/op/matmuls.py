@@ -144,10 +144,9 @@ def _matmul_quantized(op, result, a, weight, transpose=False, scaled=True):
 def _in_slices(op, result, a, weight, transpose, multiply, in_bytes):
     """`multiply` in slices of the weight along the result's last axis, so that no whole copy of it exists."""
     axis = int(not transpose)
-    multiple = LANES if axis else math.lcm(LANES, weight.group_size)
-    total = weight.shape[axis]
-    size = min(total, round_up(ceil_div(total, SLICES), multiple))
-    share = 1 if axis else weight.group_size  # how much of the axis has one scale
+    total, per_channel = weight.shape[axis], scales_per_channel(weight)
+    share = 1 if axis or per_channel else weight.group_size  # how much of the axis has one scale
+    size = min(total, round_up(ceil_div(total, SLICES), math.lcm(LANES, share)))
     pairs = lax.bitcast_convert_type(weight.qvalue.reshape(weight.shape[0], -1, 2), jnp.int8) if in_bytes else None
 
     def add_slice(start, size, y):
@@ -156,7 +155,7 @@ def _in_slices(op, result, a, weight, transpose, multiply, in_bytes):
         else:
             qvalue = _int4_slice(pairs, start, size)
         scale = weight.scale
-        if axis or not scales_per_channel(weight):
+        if axis or not per_channel:
             scale = lax.dynamic_slice_in_dim(scale, start // share, size // share, axis)
         return lax.dynamic_update_slice_in_dim(y, multiply(qvalue, scale), start, a.ndim - 1)
 

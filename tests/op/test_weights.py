@@ -21,8 +21,11 @@ from gemma_mlp import (
     hidden_activations,
     mlp,
 )
+from gemma_mlp.op import matmuls
+from gemma_mlp.op.backend import Op
 from gemma_mlp.testing import oracle
 from gemma_mlp.testing.oracle import relative_error
+from gemma_mlp.weights import dense
 from tests.support import weights
 from tests.support.cases import EMBED_DIM, FLOAT32_BOUND, FLOOR_FACTOR, HIDDEN_DIM, SAVES, case
 from tests.support.vary import vary
@@ -105,6 +108,36 @@ def test_hidden_activations(kind):
     params = weights.params(arrays, parts, kind, "float32")
     h = hidden_activations(params, jnp.asarray(x, "float32"))
     assert relative_error(h, oracle.mlp(effective, x, "gelu_tanh")[1][-1]) <= FLOAT32_BOUND
+
+
+def test_int4_in_bytes_has_the_numbers_of_int4():
+    """What a GPU takes slices of; the result of a matmul by it, too."""
+    qvalue = jnp.asarray(np.random.default_rng(0).integers(-8, 8, (32, 384)), "int4")
+    pairs = jax.lax.bitcast_convert_type(qvalue.reshape(32, -1, 2), "int8")
+    np.testing.assert_array_equal(matmuls._int4_slice(pairs, 128, 256), qvalue[:, 128:].astype("int8"))
+    op = Op(MLPConfig(32, 384), jnp.dtype("float32"))
+    weight = QuantizedWeight(qvalue, jnp.asarray(np.random.default_rng(1).uniform(1, 2, (2, 384)), "float32"))
+
+    def multiply(qvalue, scale):
+        return x @ dense(QuantizedWeight(qvalue, scale))
+
+    x = jnp.ones((3, 32))
+    sliced = [matmuls._in_slices(op, "float32", x, weight, False, multiply, in_bytes) for in_bytes in (False, True)]
+    np.testing.assert_array_equal(sliced[1], sliced[0])
+    assert relative_error(sliced[0], np.asarray(multiply(weight.qvalue, weight.scale), np.float64)) <= FLOAT32_BOUND
+
+
+@pytest.mark.parametrize("transpose", [False, True])
+@pytest.mark.parametrize("kind", ["int8", "int4", "int4 groups"])
+def test_a_cpu_dequantises_an_eighth_at_once(kind, transpose):
+    """Of 1,024 columns or rows 128: the only array of bfloat16 with the size of a slice of the weight, or more."""
+    arrays, _, _ = case((1,), embed_dim=1024, hidden_dim=1024)
+    weight = weights.params(arrays, weights.make(arrays, kind)[0], kind, "bfloat16").gate_proj
+    op = Op(MLPConfig(1024, 1024), jnp.dtype("bfloat16"), on_cpu=True, round_between=False)
+    multiply = functools.partial(matmuls.matmul, op, jnp.float32, transpose=transpose)
+    text = jax.jit(multiply).lower(jnp.ones((2, 1024), "bfloat16"), weight).as_text()
+    slice_type = "128x1024xbf16" if transpose else "1024x128xbf16"
+    assert slice_type in text and "1024x1024xbf16" not in text
 
 
 class TestFrozen:
