@@ -92,7 +92,9 @@ def gradients(
         def add(start, array, axes, total, part):
             if total is None:
                 return None
-            return SlicedAxis(axes.index("F"), shards).put(total, part, start) if "F" in axes else total + part
+            if "F" not in axes:
+                return total + part
+            return SlicedAxis(axes.index("F"), shards).put(total, part.astype(total.dtype), start)
 
         def add_slice(start, size, sums):
             part = jax.tree.map(lambda a, axes: take(a, axes, start, size), params, axes)

@@ -62,7 +62,7 @@ def test_float32_equals_the_oracle(kind, activation, save, chunk_size):
     assert_errors(result, exact, dict.fromkeys(exact, FLOAT32_BOUND))
 
 
-@vary("kind save chunk_size", itertools.product(weights.KINDS, SAVES, CHUNKS), together="kind save")
+@vary("kind save chunk_size", itertools.product(weights.KINDS, SAVES, CHUNKS), together="kind save chunk_size")
 def test_bfloat16_is_at_the_floor(kind, save, chunk_size):
     """The floor of a dense weight, if scales are powers of two. Adapters also store x A and dy B.T, of 16 numbers each:
     with so few their gradients scatter by up to 7 % around the floor."""
