@@ -7,7 +7,7 @@ def get_config(size: str = "2b") -> ml_collections.ConfigDict:
     config = ml_collections.ConfigDict()
     config.preset = f"gemma2_{size}"
     config.workdir = f"runs/benchmark-{size}"  # receives benchmark.json and benchmark.png
-    config.sections = ("time", "calls", "accuracy", "memory")
+    config.sections = ("time", "calls", "accuracy", "memory", "low_bit")
 
     # time
     config.dtypes = ("bfloat16", "float32")
@@ -24,4 +24,8 @@ def get_config(size: str = "2b") -> ml_collections.ConfigDict:
     config.memory_tokens = 8192
     config.layers = 4  # the number of layers in a stack
     config.chunk_size = 1024  # the chunk_size of the rows that are computed in chunks
+
+    # low_bit (and memory's tokens and layers)
+    config.low_bit_tokens = (1, 16)  # of the forward pass
+    config.adapter_tokens = 256  # of the gradients that are timed
     return config

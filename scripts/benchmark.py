@@ -3,8 +3,9 @@
     python scripts/benchmark.py --config=configs/benchmark.py:2b        # or :9b, :27b
     JAX_PLATFORMS=cpu python scripts/benchmark.py --config=configs/benchmark.py:2b --config.sections="('memory',)"
 
-It has four sections: time, calls, accuracy and memory. It prints a table of each, and writes benchmark.json and
-benchmark.png to config.workdir, which is runs/benchmark-2b for 2b. An interrupted benchmark starts over.
+It has five sections: time, calls, accuracy, memory and low_bit, which is for quantised weights and adapters. It prints
+tables of each, and writes benchmark.json and benchmark.png to config.workdir, which is runs/benchmark-2b for 2b. An
+interrupted benchmark starts over.
 
 Times are those of JAX's default device. Let nothing else run meanwhile. With the `peers` extra, Hugging Face's module
 on PyTorch is timed too. Memory is what the compiler for this CPU reports. With the `aot` extra and JAX_PLATFORMS=cpu
@@ -20,7 +21,7 @@ from pathlib import Path
 
 import cli
 import jax
-from benchmark import accuracy, calls, figure, memory, timing
+from benchmark import accuracy, calls, figure, low_bit, memory, timing
 from tqdm import tqdm
 
 from gemma_mlp import PRESETS
@@ -118,6 +119,31 @@ def stacks(config, _):
     return rows
 
 
+def low_bits(config, _):
+    print("\nMilliseconds with weights in few bits and adapters, and relative to dense weights: bfloat16")
+    print(row("pass", "tokens", "ms", "ratio", "weights, MiB", "GB/s"), " weights")
+    measurement = low_bit.measure(config.preset, config.low_bit_tokens, config.adapter_tokens, config.rounds)
+    times = []
+    for measured in tqdm(measurement, leave=False):
+        times.append(measured)
+        numbers = [f"{measured[name]:.2f}" for name in ("ms", "ratio")]
+        numbers += [f"{measured[name]:.1f}" if name in measured else "" for name in ("MiB", "GB/s")]
+        tqdm.write(f"{row(measured['pass'], measured['tokens'], *numbers)}  {measured['weights']}")
+
+    compilers, missing = memory.compilers(low_bit.COMPILERS)
+    print(f"\nTheir MiB of temporary memory + arguments; gradients of {config.layers} scanned layers")
+    for name, reason in missing.items():
+        print(f"{name} is left out: {reason}")
+    print(row("pass", "tokens", *compilers), " weights")
+    sizes = {"tokens": config.low_bit_tokens, "gradient_tokens": config.memory_tokens, "layers": config.layers}
+    memories = []
+    for measured in tqdm(low_bit.measure_memory(config.preset, compilers, **sizes), leave=False):
+        memories.append(measured)
+        sums = (" + ".join(f"{mib:.0f}" for mib in measured[name] or ()) or "too large" for name in compilers)
+        tqdm.write(f"{row(measured['pass'], measured['tokens'], *sums)}  {measured['weights']}")
+    return {"time": times, "memory": memories}
+
+
 def mebibytes(measured, name):
     if name not in measured:
         return ""
@@ -128,7 +154,7 @@ def row(*cells):
     return "".join(f"{cell!s:>14}" for cell in cells)
 
 
-SECTIONS = {"time": time, "calls": overhead, "accuracy": errors, "memory": stacks}
+SECTIONS = {"time": time, "calls": overhead, "accuracy": errors, "memory": stacks, "low_bit": low_bits}
 
 if __name__ == "__main__":
     cli.run(main)

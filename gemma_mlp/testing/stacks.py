@@ -13,9 +13,17 @@ from gemma_mlp.aot import compile_for
 from gemma_mlp.config import PRESETS
 from gemma_mlp.op.api import mlp
 from gemma_mlp.params import MLPParams
+from gemma_mlp.weights import LORA
 
 MIB = 2**20
 TOKENS, LAYERS = 8192, 4
+LOW_BIT = {  # options of a config
+    "dense": {},
+    "int8": {"weight_dtype": "int8"},
+    "int4": {"weight_dtype": "int4"},
+    "float8": {"weight_dtype": "float8_e4m3fn"},
+    "int4 groups": {"weight_dtype": "int4", "group_size": 32},
+}
 
 
 def plain(params, x):
@@ -26,8 +34,9 @@ def plain(params, x):
 NOT_OURS = {"plain": plain, "remat": jax.checkpoint(plain)}  # remat: a user's own line against the memory of plain
 
 
-def make_config(preset, save="input", chunk_size=None, implementation=None, param_dtype="bfloat16"):
-    options = {"save": save, "chunk_size": chunk_size, "implementation": implementation}
+def make_config(preset, save="input", chunk_size=None, implementation=None, param_dtype="bfloat16", **weights):
+    """`weights`: weight_dtype, group_size, lora."""
+    options = {"save": save, "chunk_size": chunk_size, "implementation": implementation, **weights}
     return dataclasses.replace(PRESETS[preset], param_dtype=param_dtype, **options)
 
 
@@ -76,11 +85,38 @@ def unrolled(layer):
     return jax.grad(loss, argnums=(0, 1))
 
 
+def adapted(layer):
+    """The gradient of a stack under `jax.lax.scan` with respect to the adapters and x. All else is frozen (QLoRA)."""
+
+    def gradient(params, x):
+        def loss(adapters, x):
+            merged = with_adapters(params, adapters)
+            return jax.lax.scan(lambda x, p: (x + layer(p, x), None), x, merged)[0].astype("float32").sum()
+
+        return jax.grad(loss, argnums=(0, 1))(adapters_of(params), x)
+
+    return gradient
+
+
+def adapters_of(params):
+    """A tree like `params` with None for each array that is not an adapter's."""
+    return jax.tree_util.tree_map_with_path(lambda path, leaf: leaf if path[-1].name in LORA else None, params)
+
+
+def with_adapters(params, adapters):
+    """`params` with the arrays of `adapters` in place of their own."""
+    return jax.tree.map(lambda new, old: old if new is None else new, adapters, params, is_leaf=lambda a: a is None)
+
+
 STACKS = {"one": one, "scanned": scanned, "unrolled": unrolled}
 
 
 def compile_forward(target, config, tokens=TOKENS):
     return compile_for(target, make_layer(config), params(config), inputs(config, tokens))
+
+
+def compile_adapted(target, config, *, tokens=TOKENS, layers=LAYERS):
+    return compile_for(target, adapted(make_layer(config)), params(config, layers), inputs(config, tokens))
 
 
 def compile_gradient(target, stack, config, layer=None, *, tokens=TOKENS, layers=LAYERS, triton=None, options=None):

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from benchmark import calls, figure, memory, timing
+from benchmark import calls, figure, low_bit, memory, timing
 
 from gemma_mlp import MLPConfig, MLPParams, aot
 from gemma_mlp.testing.oracle import relative_error
@@ -105,7 +105,7 @@ def test_what_calls_are_compared_with_computes_the_same():
 
 @pytest.mark.slow
 def test_the_command_with_all_sections(tmp_path):
-    output, report = run_benchmark(tmp_path, "dtypes=('float32',)", "call_layers=2", "layers=2")
+    output, report = run_benchmark(tmp_path, "dtypes=('float32',)", "call_layers=2", "layers=2", "adapter_tokens=5")
     names = [row["what"] for row in report["calls"]]
     assert len(names) == len(set(names)) == 8
     assert names[-2:] == ["lowering 2 unrolled layers", "compiling 2 unrolled layers"]
@@ -114,7 +114,41 @@ def test_the_command_with_all_sections(tmp_path):
     compilers = memory.compilers()[0]
     assert len(report["time"]) == 4 and len(report["accuracy"]) == 4
     assert len(report["memory"]) == (18 if list(compilers) == ["CPU"] else 24)  # kernels have rows for accelerators
+    assert len(report["low_bit"]["time"]) == len(report["low_bit"]["memory"]) == 13
     assert ("H200 Triton is left out" in output) == ("H200 Triton" not in compilers)
+
+
+@pytest.mark.slow
+def test_low_bit_rows_say_what_is_read():
+    *forward, first, second, third, fourth, last = low_bit.measure("gemma3_270m", (1, 3), 5, 1)
+    assert [(row["tokens"], row["weights"]) for row in forward] == [(t, kind) for t in (1, 3) for kind in low_bit.KINDS]
+    weights = 3 * 640 * 2048
+    bits = [row["MiB"] * 2**20 * 8 / weights for row in forward]
+    scales = 16 * (2 * 2048 + 640) / weights  # one for each channel
+    assert bits == pytest.approx(2 * [16, 8 + scales, 4 + scales, 4 + 16 / 32])
+    for row in forward:
+        assert row["GB/s"] == pytest.approx(row["MiB"] * 2**20 / row["ms"] / 1e6)
+    gradients = [first, second, third, fourth, last]
+    assert [row["weights"] for row in gradients] == ["dense", *(f"{kind}, adapters" for kind in low_bit.KINDS)]
+    assert all(row["ratio"] == row["ms"] / first["ms"] for row in gradients)
+
+
+def test_wrong_low_bit_results_are_not_timed(monkeypatch):
+    exact = low_bit.exact
+    monkeypatch.setattr(low_bit, "exact", lambda params, x: 1.03 * exact(params, x))
+    with pytest.raises(ValueError, match="with weights 'dense' must be within"):
+        next(low_bit.measure("gemma3_270m", (1,), 1, 1))
+
+
+def test_low_bit_memory_has_arguments():
+    sizes = {"tokens": (1,), "gradient_tokens": 64, "layers": 2}
+    rows = list(low_bit.measure_memory("gemma3_270m", {"CPU": ("cpu", None)}, **sizes))
+    assert [row["weights"] for row in rows[4:]] == ["dense", *(f"{kind}, adapters" for kind in low_bit.KINDS)]
+    weights, x = 3 * 640 * 2048 * 2, 2 * 640
+    adapters, stack_x = 2 * 3 * 16 * (640 + 2048) * 2, 2 * 64 * 640
+    arguments = [row["CPU"][1] * 2**20 for row in rows]
+    assert arguments[:2] == [weights + x, weights / 2 + x + 2 * (2 * 2048 + 640)]
+    assert arguments[4:6] == [2 * weights + stack_x, 2 * weights + stack_x + adapters]
 
 
 def test_calls_alone_have_no_figure(tmp_path):
@@ -125,4 +159,6 @@ def test_calls_alone_have_no_figure(tmp_path):
 def test_an_unknown_section_is_explained():
     command = [sys.executable, str(ROOT / "scripts" / "benchmark.py"), "--config.sections=('speed',)"]
     done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode != 0 and "config.sections must be among time, calls, accuracy, memory." in done.stderr
+    assert (
+        done.returncode != 0 and "config.sections must be among time, calls, accuracy, memory, low_bit." in done.stderr
+    )
