@@ -3,7 +3,7 @@
 import os
 from pathlib import Path
 
-import jax
+import jax.numpy as jnp
 import orbax.checkpoint as ocp
 import pytest
 from etils import epath
@@ -92,10 +92,9 @@ def test_a_tensor_in_a_bucket_is_read_by_the_driver_for_buckets(monkeypatch, ocd
     monkeypatch.setattr(ocp.type_handlers, "is_ocdbt_checkpoint", lambda path: ocdbt)
     monkeypatch.setattr(orbax.tensorstore, "open", lambda spec, **options: opened.append(spec["kvstore"]))
     monkeypatch.setattr(orbax._Tensor, "_wait", lambda self, future: future)
-    shape = jax.ShapeDtypeStruct((2, 3), "float32")
 
     class Metadata:
-        name, dtype = "a.b", shape.dtype
+        name, dtype, shape = "a.b", jnp.dtype("float32"), (2, 3)
         storage = type("Storage", (), {"chunk_shape": (2, 3)})
 
     orbax._Tensor(epath.Path("gs://bucket/run/4"), "a/b", Metadata)

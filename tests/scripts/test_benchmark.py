@@ -140,6 +140,7 @@ def test_wrong_low_bit_results_are_not_timed(monkeypatch):
         next(low_bit.measure("gemma3_270m", (1,), 1, 1))
 
 
+@pytest.mark.slow
 def test_low_bit_memory_has_arguments():
     sizes = {"tokens": (1,), "gradient_tokens": 64, "layers": 2}
     rows = list(low_bit.measure_memory("gemma3_270m", {"CPU": ("cpu", None)}, **sizes))

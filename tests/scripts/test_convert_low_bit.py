@@ -16,6 +16,7 @@ from absl.testing import flagsaver
 from gemma_mlp import LoRA, MLPConfig, add_lora, checkpoint, dequantize, layouts, merge_lora, quantize
 from tests.support import by_hand
 from tests.support.by_hand import equal
+from tests.support.vary import vary
 
 pytestmark = pytest.mark.promotes  # Orbax relies on promotion
 D, F, LAYERS = 64, 96, 2
@@ -36,8 +37,14 @@ def model(tmp_path):
     return tmp_path / "model", params
 
 
-@pytest.mark.parametrize(("dtype", "group_size"), [("int4", 32), ("int8", None), ("float8_e4m3fn", None)])
-@pytest.mark.parametrize("to", ["gemma_mlp", "gemma_mlp_stacked"])
+@vary(
+    "dtype group_size to",
+    [
+        (*kind, to)
+        for kind in (("int4", 32), ("int8", None), ("float8_e4m3fn", None))
+        for to in ("gemma_mlp", "gemma_mlp_stacked")
+    ],
+)
 def test_quantises_and_dequantises(tmp_path, capsys, dtype, group_size, to):
     folder, params = model(tmp_path)
     group = [] if group_size is None else [f"--group_size={group_size}"]

@@ -63,6 +63,7 @@ def test_the_adapters_learn_the_other_text_and_leave_the_records_of_any_run(tune
     assert summary["trained_parameters"] == ADAPTERS < summary["parameters"] / 10
 
 
+@pytest.mark.slow
 def test_checkpoints_hold_the_adapters_and_their_moments_alone(finished, tuned):
     state = final_state(tuned[0])
     paths = [path for path, _ in jax.tree.leaves_with_path(state["params"])]
@@ -81,6 +82,7 @@ def test_the_base_stays_as_it_was(finished, tuned):
     assert files_in(finished[0]) == tuned[2]
 
 
+@pytest.mark.slow
 def test_base_and_adapters_have_the_figures_of_the_run_in_a_model_made_by_hand(finished, tuned, other):
     """The model is converted by the functions of gemma_mlp.nnx, which the run itself does not call."""
     workdir, summary, _ = tuned
@@ -106,6 +108,7 @@ def put(model, kind, values):
     nnx.update(model, state)
 
 
+@pytest.mark.slow
 def test_interrupted_and_continued_gives_exactly_the_numbers_of_an_uninterrupted_run(
     finished, tuned, other, tmp_path, monkeypatch
 ):
@@ -150,6 +153,7 @@ def test_fields_that_do_not_fit_together_raise(options, message):
         config("unused", "", **options)
 
 
+@pytest.mark.slow
 def test_a_base_that_does_not_fit_is_refused_and_nothing_is_written(finished, tuned, other, tmp_path):
     def refused(message, base, **options):
         with pytest.raises(ValueError, match=message):
@@ -167,6 +171,7 @@ def test_a_base_that_does_not_fit_is_refused_and_nothing_is_written(finished, tu
     assert not (tmp_path / "new").exists()
 
 
+@pytest.mark.slow
 def test_a_fine_tuning_continues_only_with_its_base_and_its_adapters(finished, tuned, other, tmp_path):
     before = metrics(tuned[0])
     with pytest.raises(ValueError, match=r"base_dtype was 'int4' and is 'int8'; lora_rank was 2 and is 3"):
