@@ -91,6 +91,10 @@ def test_tpu_scanned_stack_with_float32_parameters_keeps_no_copy_of_the_weights(
     assert gradient_bytes(target, "scanned", "input", "gemma2_2b", param_dtype="float32") <= 690 * MIB
 
 
+# JAX 0.10.2 cannot read what its compiler makes of the unrolled stack: "async-update instruction should have 1 operands".
+UNROLLED = [slow("unrolled", 1030)] if jax.__version_info__ >= (0, 11) else []
+
+
 @pytest.mark.parametrize("save", ["input", slow("gate_up")])
 def test_tpu_7x_scanned_stack_with_small_tiles_keeps_no_copy_of_the_weights(save):
     """653 and 1,872 MiB. Without the option 1,454 and 2,894: the compiler copies every layer's weights, twice."""
@@ -99,7 +103,7 @@ def test_tpu_7x_scanned_stack_with_small_tiles_keeps_no_copy_of_the_weights(save
     assert compiled.temp_bytes <= bound * MIB
 
 
-@pytest.mark.parametrize(("stack", "bound"), [("one", 440), slow("unrolled", 1030)])
+@pytest.mark.parametrize(("stack", "bound"), [("one", 440), *UNROLLED])
 def test_tpu_7x_gradient_computes_the_weights_gradients_with_each_layer(stack, bound):
     """432 and 1,022 MiB. Without the barrier on the gradients 585 and 2,201."""
     assert gradient_bytes(V7X, stack, "input", "gemma2_2b") <= bound * MIB
@@ -205,9 +209,7 @@ REMAT = {
         slow("gate_up", "none", 9, 2233),
         slow("gate_up", "all", 12, 757),
         slow("gate_up", "policy", 11, 793),
-        slow("autodiff", "none", 9, 9829),
-        slow("autodiff", "all", 12, 937),
-        slow("autodiff", "policy", 11, 1081),
+        slow("autodiff", "none", 9, 9829),  # its other combinations are counted in tests/op/test_remat.py
     ],
 )
 def test_remat_around_scanned_blocks(save, remat, matmuls, mib):
