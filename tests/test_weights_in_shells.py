@@ -51,6 +51,10 @@ KINDS = {
 }
 
 
+# With `autodiff` the bits of bfloat16 gradients depend on what XLA compiles together, and so on who jits what.
+SAVES = [("input", None), ("gate_up", "bfloat16"), ("input", "bfloat16"), ("autodiff", None)]
+
+
 def inputs(*batch):
     return jnp.asarray(samples.normal(np.random.default_rng(0), (*batch, CONFIG.embed_dim)), "float32")
 
@@ -88,11 +92,7 @@ def linen_variables(params):
 
 @vary(
     "kind save dtype jit",
-    [
-        (kind, save, (None, "bfloat16")[(i + j) % 2], bool((i + j) // 2 % 2))
-        for i, kind in enumerate(KINDS)
-        for j, save in enumerate(("input", "gate_up", "autodiff"))
-    ],
+    [(kind, save, dtype, bool((i + j) % 2)) for i, kind in enumerate(KINDS) for j, (save, dtype) in enumerate(SAVES)],
     together="kind",
 )
 def test_both_shells_and_the_core_give_the_same_bits(kind, save, dtype, jit):

@@ -91,7 +91,7 @@ def test_tpu_scanned_stack_with_float32_parameters_keeps_no_copy_of_the_weights(
     assert gradient_bytes(target, "scanned", "input", "gemma2_2b", param_dtype="float32") <= 690 * MIB
 
 
-# JAX 0.10.2 cannot read what its compiler makes of the unrolled stack: "async-update instruction should have 1 operands".
+# JAX 0.10.2 cannot read what its compiler makes of an unrolled stack.
 UNROLLED = [slow("unrolled", 1030)] if jax.__version_info__ >= (0, 11) else []
 
 
