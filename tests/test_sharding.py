@@ -24,8 +24,6 @@ from tests.support.cases import block_case as make_block_case
 from tests.support.meshes import RULES, make_mesh, spread
 from tests.support.vary import vary
 
-pytestmark = pytest.mark.usefixtures("quick_to_compile")
-
 SHAPES = ((8, 1), (4, 2), (2, 4), (1, 8))  # fsdp, tensor
 MESHES = (*((shape, AxisType.Auto) for shape in SHAPES), ((2, 4), AxisType.Explicit))
 EMBED_DIM, HIDDEN_DIM = 16, 2048  # each of eight shards of F is two slices of 128
