@@ -8,9 +8,17 @@ from jaxtyping import Array, Key
 
 from gemma_mlp.checks import require
 from gemma_mlp.config import LoRA
-from gemma_mlp.params import WEIGHTS
 from gemma_mlp.quantization import quantized
-from gemma_mlp.weights import LoRAWeight, QuantizedWeight, dense, known_weight, map_weights, scales_per_channel
+from gemma_mlp.weights import (
+    WEIGHTS,
+    LoRAWeight,
+    QuantizedWeight,
+    base_of,
+    dense,
+    known_weight,
+    map_weights,
+    scales_per_channel,
+)
 
 
 def add_lora(params: Any, lora: LoRA, key: Key[Array, ""]) -> Any:
@@ -77,4 +85,4 @@ def remove_lora(params: Any) -> Any:
     Raises:
       ValueError: if the tree has no weights of these names.
     """
-    return map_weights(lambda weight: weight.base if isinstance(weight, LoRAWeight) else weight, params, WEIGHTS)
+    return map_weights(base_of, params, WEIGHTS)

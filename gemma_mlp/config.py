@@ -9,11 +9,10 @@ from gemma_mlp.activations import ACTIVATIONS, Activation
 from gemma_mlp.checks import positive_int, require, require_choice
 from gemma_mlp.dtypes import dtype_name
 from gemma_mlp.mesh import Rules, checked_rules
+from gemma_mlp.weights import WEIGHT_DTYPES, WEIGHTS, WeightDtype
 
 Save = Literal["input", "gate_up", "autodiff"]
 Implementation = Literal["xla", "pallas"]
-WeightDtype = Literal["int8", "int4", "float8_e4m3fn"]
-PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,7 +32,7 @@ class LoRA:
     rank: int
     alpha: float | None = None
     use_rslora: bool = False
-    projections: tuple[str, ...] = PROJECTIONS
+    projections: tuple[str, ...] = WEIGHTS
 
     def __post_init__(self):
         object.__setattr__(self, "rank", positive_int("rank", self.rank))
@@ -47,8 +46,8 @@ class LoRA:
         )
         names = (self.projections,) if isinstance(self.projections, str) else tuple(self.projections)
         require(
-            bool(names) and len(set(names)) == len(names) and set(names) <= set(PROJECTIONS),
-            f"projections must be some of {', '.join(PROJECTIONS)}, each once.",
+            bool(names) and len(set(names)) == len(names) and set(names) <= set(WEIGHTS),
+            f"projections must be some of {', '.join(WEIGHTS)}, each once.",
             repr(self.projections),
             "name at least one.",
         )
@@ -137,7 +136,7 @@ class MLPConfig:
             object.__setattr__(self, "dtype", dtype_name("dtype", self.dtype))
         object.__setattr__(self, "param_dtype", dtype_name("param_dtype", self.param_dtype))
         if self.weight_dtype is not None:
-            require_choice("weight_dtype", self.weight_dtype, get_args(WeightDtype))
+            require_choice("weight_dtype", self.weight_dtype, WEIGHT_DTYPES)
         if self.group_size is not None:
             object.__setattr__(self, "group_size", positive_int("group_size", self.group_size))
             require(

@@ -27,7 +27,7 @@ from gemma_mlp.params import (
     named_leaves,
 )
 from gemma_mlp.sharding import leaf_rules
-from gemma_mlp.weights import LORA, LoRAWeight, QuantizedWeight, known_weight, lora_axes, scale_axes
+from gemma_mlp.weights import LORA, LoRAWeight, QuantizedWeight, base_of, known_weight, lora_axes, scale_axes
 
 
 class QuantizedParam(nnx.Variable):
@@ -52,9 +52,15 @@ def weight_of(mlp: nnx.Module, name: str) -> Any:
     else:
         return None
     lora_a, lora_b = (getattr(mlp, f"{name}_{part}", None) for part in LORA)
-    if lora_a is None or lora_b is None:
+    if lora_a is None and lora_b is None:
         return weight
-    return LoRAWeight(weight, lora_a.get_value(), lora_b.get_value(), lora_b.get_metadata().get("factor", 1.0))
+    if lora_a is None or lora_b is None or "factor" not in lora_b.get_metadata():
+        raise ValueError(
+            f"An adapter must be {name}_lora_a and {name}_lora_b, with its factor as metadata. "
+            f"Got: lora_a {describe(lora_a)}, lora_b {describe(lora_b)}. "
+            "Fix: make adapters with gemma_mlp.nnx.add_lora or insert_adapters."
+        )
+    return LoRAWeight(weight, lora_a.get_value(), lora_b.get_value(), lora_b.get_metadata()["factor"])
 
 
 def add_variables(module: nnx.Module, name: str, spec: Any, config: MLPConfig, rngs: nnx.Rngs) -> None:
@@ -123,7 +129,7 @@ def set_params(block: Any, params: MLPBlockParams) -> None:
 def put_weights(mlp: nnx.Module, weights: dict[str, Any]) -> None:
     """Replaces the variables of an MLP's weights by those of `weights`, with the names of the axes that they had."""
     for name, weight in weights.items():
-        base = weight.base if isinstance(weight, LoRAWeight) else weight
+        base = base_of(weight)
         projection: Any = getattr(mlp, name)
         old = projection.qvalue if isinstance(projection, QuantizedProjection) else projection
         if isinstance(base, QuantizedWeight):
@@ -145,6 +151,7 @@ def put_weights(mlp: nnx.Module, weights: dict[str, Any]) -> None:
 
 
 def own_weight(mlp: nnx.Module, name: str) -> Any:
+    """The weight `name` of an MLP. Raises ValueError if a module of somebody else's is in its place."""
     weight = known_weight(weight_of(mlp, name))
     require(
         weight is not None,

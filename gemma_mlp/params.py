@@ -12,7 +12,7 @@ from jax import export
 from jaxtyping import Array, Float, Key
 
 from gemma_mlp.config import MLPConfig
-from gemma_mlp.weights import LoRAWeight, QuantizedWeight, axes_of, lora_axes, scale_axes
+from gemma_mlp.weights import WEIGHTS, LoRAWeight, QuantizedWeight, axes_of, lora_axes, scale_axes
 
 # Every leaf and its axes: D is embed_dim, F is hidden_dim. Weights are stored (in, out).
 LEAVES = {
@@ -25,7 +25,6 @@ LEAVES = {
     "down_bias": "D",
     "post_norm": "D",
 }
-WEIGHTS = tuple(name for name, axes in LEAVES.items() if len(axes) == 2)
 NORMS = tuple(name for name in LEAVES if name.endswith("_norm"))
 BIASES = tuple(name for name in LEAVES if name.endswith("_bias"))
 LOGICAL_NAMES = {"D": "embed", "F": "mlp"}  # of the axes, in the words of T5X and MaxText; other axes have no name

@@ -7,8 +7,7 @@ import jax.numpy as jnp
 
 from gemma_mlp.checks import describe, positive_int, require, require_choice
 from gemma_mlp.dtypes import DTYPES, dtype_name
-from gemma_mlp.params import WEIGHTS
-from gemma_mlp.weights import WEIGHT_DTYPES, LoRAWeight, QuantizedWeight, dense, known_weight, map_weights
+from gemma_mlp.weights import WEIGHT_DTYPES, WEIGHTS, LoRAWeight, QuantizedWeight, dense, known_weight, map_weights
 
 
 def quantize(params: Any, dtype: Any, group_size: int | None = None) -> Any:

@@ -12,7 +12,7 @@ Both are pytrees, and each works wherever the feed-forward takes an array as a w
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +22,9 @@ from jaxtyping import Array
 from gemma_mlp.checks import describe, require, require_choice
 from gemma_mlp.dtypes import DTYPES, accumulation_dtype
 
-WEIGHT_DTYPES = ("int8", "int4", "float8_e4m3fn")  # of quantised weights
+WEIGHTS = ("gate_proj", "up_proj", "down_proj")
+WeightDtype = Literal["int8", "int4", "float8_e4m3fn"]
+WEIGHT_DTYPES = get_args(WeightDtype)  # of quantised weights
 LORA = ("lora_a", "lora_b")  # the two matrices of an adapter
 
 
@@ -134,6 +136,11 @@ def known_weight(weight: Any) -> Any:
 def scales_per_channel(weight: QuantizedWeight) -> bool:
     """Whether there is one scale for each output channel, instead of one for each group."""
     return weight.scale.shape[-2] == 1
+
+
+def base_of(weight: Any) -> Any:
+    """`weight` without its adapter, if it has one."""
+    return weight.base if isinstance(weight, LoRAWeight) else weight
 
 
 def scale_axes(axes: str, groups: int) -> str:

@@ -254,9 +254,7 @@ def print_table(shapes: list[MLPBlockParams], layout: layouts.Layout) -> None:
     width = max(map(len, first))
     for name in first:
         print(f"{name:{width}}  {tensors[name].dtype!s:9} {list(tensors[name].shape)}")
-    bits = sum(
-        tensor.size * (4 if tensor.dtype == "int4" else 8 * tensor.dtype.itemsize) for tensor in tensors.values()
-    )
+    bits = sum(tensor.size * jax.dtypes.itemsize_bits(tensor.dtype) for tensor in tensors.values())
     print(f"{len(tensors)} tensors for {len(shapes)} layers, {bits / 2**23:,.1f} MiB")
 
 

@@ -16,8 +16,9 @@ ROOT = Path(__file__).parents[1]
 FLOORS = [
     {"checks", "activations", "op.slices", "testing.oracle"},
     {"dtypes", "mesh", "aot.hlo"},
-    {"config", "weights", "aot.compilers", "op.cpu", "layouts.arrays"},
-    {"params", "aot"},
+    {"weights", "aot.compilers", "op.cpu", "layouts.arrays"},
+    {"config", "aot"},
+    {"params"},
     {"quantization"},
     {"adapters", "op.backend", "op.tpu_blocks", "op.gpu_kernels", "layouts.layout", "layouts.quantized", "sharding"},
     {"op.matmuls", "op.tpu_forward", "op.tpu_backward", "op.gpu", "layouts.libraries", "layouts.trees"},

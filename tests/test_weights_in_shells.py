@@ -212,6 +212,17 @@ class TestConversionInPlace:
             gemma_mlp.nnx.quantize(blocks, "int8")
 
 
+def test_half_an_adapter_and_one_without_a_factor_are_refused():
+    mlp = gemma_mlp.nnx.MLP(dataclasses.replace(CONFIG, lora=ADAPTER), rngs=nnx.Rngs(0))
+    lora_a = mlp.up_proj_lora_a
+    del mlp.up_proj_lora_a
+    with pytest.raises(ValueError, match=r"must be up_proj_lora_a and up_proj_lora_b.*NoneType.*Fix: "):
+        mlp(inputs(2))
+    mlp.up_proj_lora_a, mlp.up_proj_lora_b = lora_a, nnx.LoRAParam(mlp.up_proj_lora_b[...])
+    with pytest.raises(ValueError, match=r"with its factor as metadata.*Fix: "):
+        mlp(inputs(2))
+
+
 def test_parameters_of_another_block_are_refused():
     block = gemma_mlp.nnx.MLPBlock(CONFIG, rngs=nnx.Rngs(0))
     for other in ({"hidden_dim": 256}, {"post_norm": False}, {"use_bias": True}):

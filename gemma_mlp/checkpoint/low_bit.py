@@ -16,7 +16,8 @@ from gemma_mlp.checkpoint.loading import Progress, leaf_shardings, require_finit
 from gemma_mlp.checks import describe, require
 from gemma_mlp.dtypes import DTYPES, compute_dtype, widest
 from gemma_mlp.layouts.trees import make_params
-from gemma_mlp.weights import QuantizedWeight, require_sound, scales_per_channel
+from gemma_mlp.params import LEAVES
+from gemma_mlp.weights import QuantizedWeight, require_sound, scale_axes
 
 Decode = Callable[[int, str], Any]  # (layer, leaf) -> a NumPy array or a QuantizedWeight of two
 
@@ -40,7 +41,7 @@ def place(
       shapes: of the leaves of a layer.
       where: names a leaf and its file, for errors.
       dtype, shardings, stacked, progress: as for :func:`read_huggingface`. A sharding is that of a weight's numbers;
-        its scales are split alike, but not along an axis of size 1.
+        its scales are split alike, but not along the groups unless these lie along F.
 
     Raises:
       ValueError: if a leaf has another shape, scales do not fit their weight, or a number is not finite.
@@ -70,9 +71,9 @@ def place(
             if stacked:
                 waiting.append(weight)
             else:
-                read_layers[position][leaf] = _put(weight, places[leaf])
+                read_layers[position][leaf] = _put(weight, leaf, places[leaf])
         if stacked:
-            read_layers[0][leaf] = _put(_stack(waiting, leaf), places[leaf])
+            read_layers[0][leaf] = _put(_stack(waiting, leaf), leaf, places[leaf])
     next(steps, None)
     made = [make_params(layer) for layer in read_layers]
     return made[0] if stacked else made
@@ -103,13 +104,14 @@ def _stack(weights: Sequence[Any], leaf: str) -> Any:
     return jax.tree.map(lambda *arrays: np.stack(arrays), *weights)
 
 
-def _put(weight: Any, sharding: Any) -> Any:
+def _put(weight: Any, leaf: str, sharding: Any) -> Any:
+    if not isinstance(weight, QuantizedWeight):
+        return jax.device_put(weight, sharding)
     of_scale = sharding
-    if isinstance(weight, QuantizedWeight) and scales_per_channel(weight) and isinstance(sharding, NamedSharding):
+    along_groups = scale_axes(LEAVES[leaf], weight.scale.shape[-2])[0] == "F"
+    if isinstance(sharding, NamedSharding) and not along_groups:
         spec = [*sharding.spec, *(None,) * (weight.ndim - len(sharding.spec))]
         spec[-2] = None
         of_scale = NamedSharding(sharding.mesh, PartitionSpec(*spec), memory_kind=sharding.memory_kind)
-    if isinstance(weight, QuantizedWeight):
-        of_scale.shard_shape(weight.scale.shape)  # raises if it does not divide the shape
-        return QuantizedWeight(jax.device_put(weight.qvalue, sharding), jax.device_put(weight.scale, of_scale))
-    return jax.device_put(weight, sharding)
+    of_scale.shard_shape(weight.scale.shape)  # raises if it does not divide the shape
+    return QuantizedWeight(jax.device_put(weight.qvalue, sharding), jax.device_put(weight.scale, of_scale))

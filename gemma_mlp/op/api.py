@@ -45,7 +45,8 @@ def feed_forward(
     and round them there. Each gradient has the dtype of its own input.
 
     Args:
-      params: weights, stored (in, out): [D, F], [D, F], [F, D]. They are cast to the compute dtype.
+      params: weights, stored (in, out): [D, F], [D, F], [F, D]. They are cast to the compute dtype. Each may also be a
+        `gemma_mlp.QuantizedWeight`, which has no gradient, or a `gemma_mlp.LoRAWeight`.
       x: [*B, D], with any leading axes, also none or empty ones.
       activation: `gelu_tanh` (GEGLU as in Gemma), `gelu` (GEGLU, erf form), `silu` (SwiGLU), `relu` (ReGLU), `sigmoid`
         (GLU) or `identity` (Bilinear).

@@ -50,7 +50,7 @@ def matmul(op: Op, result: Any, a: Array, weight: Any, transpose: bool = False) 
     """a @ weight, or a @ weight.T, over the last axis of a, in the dtype `result`."""
     if isinstance(weight, LoRAWeight):
         first, second = (weight.lora_b, weight.lora_a) if transpose else (weight.lora_a, weight.lora_b)
-        # Stored in `result`: there is no array of this shape in float32. XLA adds it inside of the base's matmul.
+        # Stored in `result`. A TPU adds it inside of the base's matmul; a GPU stores the base's part in float32 first.
         delta = matmul(op, result, matmul(op, op.dtype, a, first, transpose), second, transpose).astype(op.wide)
         return (matmul(op, op.wide, a, weight.base, transpose) + weight.factor * delta).astype(result)
     if isinstance(weight, QuantizedWeight):

@@ -133,12 +133,8 @@ def _backward(op, residuals, dy_BD):
         dparams, dx_BD = op.backend.backward(op, params, x.astype(op.dtype), dy_BD.astype(op.dtype))
         return dparams, dx_BD.astype(x.dtype), None
     mask_BF = xla.dropout_mask(op, params, x, residuals.dropout_key)
-    gradients = functools.partial(_gradients, wanted)
+    gradients = functools.partial(xla.gradients, wanted=wanted)
     return *_by_platform(op, gradients, params, x, mask_BF, saved, dy_BD, differs=not saved), None
-
-
-def _gradients(wanted, op, params, *arrays):
-    return xla.gradients(op, params, wanted, *arrays)
 
 
 _feed_forward.defvjp(_save_for_backward, _backward, symbolic_zeros=True)

@@ -26,7 +26,7 @@ from gemma_mlp.op.backend import Op
 from gemma_mlp.op.matmuls import matmul, project, project_wide, weight_gradient
 from gemma_mlp.op.slices import LANES, SlicedAxis, ceil_div, in_slices, round_up
 from gemma_mlp.params import MLPParams, axes_of_leaves
-from gemma_mlp.weights import QuantizedWeight, scales_per_channel
+from gemma_mlp.weights import QuantizedWeight, base_of, scales_per_channel
 
 V5P = {"TPU v5", "TPU v5p"}  # the device kinds that JAX knows a v5p by
 V7X = "TPU7x"
@@ -65,7 +65,14 @@ def dropout_mask(op: Op, params: MLPParams, x_BD: Array, dropout_key: Array | No
 
 
 def gradients(
-    op: Op, params: MLPParams, wanted: MLPParams, x_BD: Array, mask_BF: Array | None, saved: list[Array], dy_BD: Array
+    op: Op,
+    params: MLPParams,
+    x_BD: Array,
+    mask_BF: Array | None,
+    saved: list[Array],
+    dy_BD: Array,
+    *,
+    wanted: MLPParams,
 ) -> tuple[MLPParams, Array]:
     """The gradients of the parameters, in their dtypes, and of x, in its own. `saved`: gate and up, or nothing.
 
@@ -181,7 +188,7 @@ def _slice_size(op, params, x_BD, shard_F, saved):
     size = op.config.chunk_size
     chunks = 1 if size is None or x_BD.ndim < 2 else ceil_div(x_BD.shape[-2], size)
     least = 1 if saved else op.backend.float32_slices or 1
-    base = getattr(params.down_proj, "base", params.down_proj)
+    base = base_of(params.down_proj)
     group = base.group_size if isinstance(base, QuantizedWeight) and not scales_per_channel(base) else 1
     return round_up(ceil_div(shard_F, max(chunks, least)), math.lcm(LANES, group))
 

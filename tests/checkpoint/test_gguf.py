@@ -1,6 +1,7 @@
 """GGUF files, written by the library gguf, and read as its own dequantisation says, bit for bit."""
 
 import dataclasses
+import functools
 
 import gguf
 import jax
@@ -129,6 +130,20 @@ def test_onto_a_mesh(tmp_path, stacked, eight_devices):
     for leaf, weight in block_leaves(sharded if stacked else sharded[1]).items():
         for array in jax.tree.leaves(weight):
             assert array.sharding == places[leaf]
+
+
+def test_groups_along_d_are_not_split(tmp_path, eight_devices):
+    """D has two groups of 32 here, fewer than the devices that split it. The specs of quantised weights say the same."""
+    write(tmp_path / "model.gguf", "Q8_0", MLPConfig(64, 256))
+    config, _ = checkpoint.read_gguf_config(tmp_path / "model.gguf")
+    mesh = jax.make_mesh((8, 1), ("fsdp", "tensor"), (jax.sharding.AxisType.Auto,) * 2)
+    named = functools.partial(gemma_mlp.sharding.named_shardings, mesh=mesh)
+    shardings = named(gemma_mlp.MLPBlockParams.specs(config))
+    quantized = dataclasses.replace(config, weight_dtype="int8", group_size=32)
+    expected = named(gemma_mlp.MLPBlockParams.specs(quantized)).mlp.gate_proj
+    gate = checkpoint.read_gguf(tmp_path / "model.gguf", shardings=shardings)[0].mlp.gate_proj
+    assert gate.qvalue.sharding == expected.qvalue and expected.qvalue.spec == jax.P("fsdp", "tensor")
+    assert gate.scale.sharding.is_equivalent_to(expected.scale, 2) and gate.scale.shape[0] == 2
 
 
 def drop(name):
