@@ -133,7 +133,7 @@ def test_onto_a_mesh(tmp_path, stacked, eight_devices):
 
 
 def test_groups_along_d_are_not_split(tmp_path, eight_devices):
-    """D has two groups of 32 here, fewer than the devices that split it. The specs of quantised weights say the same."""
+    """D has two groups of 32 here, fewer than the devices that split it. Specs of quantised weights say the same."""
     write(tmp_path / "model.gguf", "Q8_0", MLPConfig(64, 256))
     config, _ = checkpoint.read_gguf_config(tmp_path / "model.gguf")
     mesh = jax.make_mesh((8, 1), ("fsdp", "tensor"), (jax.sharding.AxisType.Auto,) * 2)
