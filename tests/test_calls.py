@@ -107,9 +107,9 @@ def module(name):
 def test_an_eager_gradient_is_traced_once(make, monkeypatch):
     traced = []
 
-    def noted(name, function, *args):
+    def noted(name, function, *args, **options):
         traced.append(name)
-        return function(*args)
+        return function(*args, **options)
 
     for module, name in ((api, "_checked_op"), (vjp.xla, "gradients")):
         monkeypatch.setattr(module, name, functools.partial(noted, name, getattr(module, name)))
