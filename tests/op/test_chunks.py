@@ -55,7 +55,7 @@ def test_bfloat16_is_at_the_floor(batch, chunk_size, save):
 @vary(
     "save dtype remat",
     itertools.product(SAVES, ("float32", "bfloat16"), (False, True)),
-    together="save dtype remat",
+    together="save remat",
 )
 def test_scan_remat_and_vmap_around_chunks(save, dtype, remat):
     """This also shows that no matmul fails on a CPU when its operands come out of a loop inside a loop."""

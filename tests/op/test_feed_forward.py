@@ -67,15 +67,9 @@ def case_2b():
     return arrays, x, dy, exact_result(arrays, x, dy, "gelu_tanh")
 
 
-@pytest.mark.parametrize(
-    ("param_dtype", "save"),
-    [
-        ("bfloat16", "input"),
-        pytest.param("bfloat16", "gate_up", marks=pytest.mark.slow),
-        pytest.param("float32", "input", marks=pytest.mark.slow),
-        pytest.param("float32", "gate_up", marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("param_dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("save", SAVES)
 def test_bfloat16_at_2b_sizes(param_dtype, save, case_2b):
     """The error of y is at the floor of 2.34e-3. A plain bf16 module, which runs here too, is far above."""
     arrays, x, dy, exact = case_2b
@@ -142,7 +136,7 @@ def test_float64_in_64_bit_mode():
 @vary(
     "save dtype remat",
     itertools.product((*SAVES, "autodiff"), ("float32", "bfloat16"), (False, True)),
-    together="save dtype remat",
+    together="save remat",
 )
 def test_scan_over_layers_equals_a_loop(save, dtype, remat):
     """This also shows that no matmul fails on a CPU when its operands come out of a loop."""

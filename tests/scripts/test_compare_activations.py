@@ -278,6 +278,7 @@ def test_members_are_divided_over_devices():
     np.testing.assert_allclose(seven, eight[:7], rtol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("eight_devices")
 def test_a_models_score_is_in_bits_per_byte_wherever_it_was_trained(text):
     config = get_config("compare_activations", "smoke")

@@ -18,6 +18,7 @@ pytestmark = pytest.mark.promotes
 
 
 class TestGradientFlow:
+    @pytest.mark.slow
     def test_norms_equal_those_of_a_stack_written_out(self):
         depth, dim = 2, 8
         wiring = gradient_flow.WIRINGS["norms and residual"]

@@ -55,6 +55,7 @@ def files_in(folder):
     return {path: hashlib.sha256(path.read_bytes()).digest() for path in folder.rglob("*") if path.is_file()}
 
 
+@pytest.mark.slow
 def test_the_adapters_learn_the_other_text_and_leave_the_records_of_any_run(tuned):
     workdir, summary, _ = tuned
     check_records(workdir, summary, TUNING["steps"], TUNING["eval_every"])
@@ -78,6 +79,7 @@ def size_of(folder):
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
+@pytest.mark.slow
 def test_the_base_stays_as_it_was(finished, tuned):
     assert files_in(finished[0]) == tuned[2]
 

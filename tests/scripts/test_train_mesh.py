@@ -69,14 +69,8 @@ def test_a_killed_run_is_continued_by_another_number_of_processes(victim, finish
     check_curve(tmp_path, curve(finished[0]))
 
 
-@pytest.mark.parametrize(
-    ("api", "options"),
-    [
-        ("nnx", {}),
-        pytest.param("nnx", {"check_values": True}, marks=pytest.mark.slow),
-        pytest.param("linen", {}, marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("api", "options"), [("nnx", {}), ("nnx", {"check_values": True}), ("linen", {})])
 def test_one_process_on_a_mesh_has_the_curve_of_one_device(api, options, finished, text, tmp_path):
     spread = train(config(tmp_path / "mesh", text, api=api, mesh="data=2,fsdp=2,tensor=2", **options))
     alone = curve(finished[0])
