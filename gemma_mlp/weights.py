@@ -143,6 +143,11 @@ def base_of(weight: Any) -> Any:
     return weight.base if isinstance(weight, LoRAWeight) else weight
 
 
+def has_groups(weight: Any) -> bool:
+    """Whether it is quantised with several scales for each output channel."""
+    return isinstance(weight, QuantizedWeight) and not scales_per_channel(weight)
+
+
 def scale_axes(axes: str, groups: int) -> str:
     """The letters of a scale's axes; those of the dense weight are `axes`, such as DF.
 

@@ -59,6 +59,7 @@ class Op(NamedTuple):
     # `save="autodiff"`: there each matmul finds out when the program is lowered.
     on_cpu: bool | None = False
     round_between: bool = True  # whether gate, up and dh are rounded to `dtype` where they are stored between matmuls
+    in_slices: bool = False  # whether the weights are slices along F already
 
     @property
     def wide(self) -> jnp.dtype:

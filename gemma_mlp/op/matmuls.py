@@ -107,6 +107,12 @@ def _rounded_on_tpu(op, weight):
     return lax.reduce_precision(weight, 8, 7) if target_device().device_kind.startswith("TPU") else weight
 
 
+def slices_allowed(op: Op) -> bool:
+    """Whether weights may be dequantised slice by slice. Not within a slice, nor where JAX differentiates the loop. A
+    mesh may have split the axis of the slices; then it has split the copy of a weight too."""
+    return not op.in_slices and op.config.save != "autodiff" and mesh_to_split() is None
+
+
 def _matmul_quantized(op, result, a, weight, transpose=False, scaled=True):
     """`scaled=False` leaves the scales of the result's channels to the caller."""
     grouped = not scales_per_channel(weight)
@@ -125,9 +131,8 @@ def _matmul_quantized(op, result, a, weight, transpose=False, scaled=True):
         return multiply(weight.qvalue, weight.scale)
 
     # On TPUs and GPUs XLA converts a qvalue inside of the matmul. It makes a whole copy on a CPU, on a GPU where it
-    # merges two projections of x, and with groups: on a GPU always, on a TPU in a loop over layers. A mesh may have
-    # split the axis of the slices; then it has split the copy too.
-    if op.config.save == "autodiff" or mesh_to_split() is not None:
+    # merges two projections of x, and with groups: on a GPU always, on a TPU in a loop over layers.
+    if not slices_allowed(op):
         return whole()
     sliced = functools.partial(_in_slices, op, result, a, weight, transpose, multiply)
     if op.on_cpu:
@@ -165,7 +170,7 @@ def _in_slices(op, result, a, weight, transpose, multiply, in_bytes):
 
 def _times_scale(op, array, scale):
     """`array`, whose last axis is that of the channels, times their scales [1, channels], in float32."""
-    return array.astype(op.wide) * jnp.broadcast_to(scale[0].astype(op.wide), array.shape)
+    return array.astype(op.wide) * jnp.broadcast_to(scale[0], array.shape).astype(op.wide)
 
 
 def _rows(a):

@@ -23,13 +23,14 @@ from gemma_mlp.activations import ACTIVATIONS
 from gemma_mlp.dtypes import accumulation_dtype
 from gemma_mlp.mesh import constrain, count_shards, target_device, vary_alike
 from gemma_mlp.op.backend import Op
-from gemma_mlp.op.matmuls import matmul, project, project_wide, weight_gradient
+from gemma_mlp.op.matmuls import matmul, project, project_wide, slices_allowed, weight_gradient
 from gemma_mlp.op.slices import LANES, SlicedAxis, ceil_div, in_slices, round_up
 from gemma_mlp.params import MLPParams, axes_of_leaves
-from gemma_mlp.weights import QuantizedWeight, base_of, scales_per_channel
+from gemma_mlp.weights import base_of, has_groups
 
 V5P = {"TPU v5", "TPU v5p"}  # the device kinds that JAX knows a v5p by
 V7X = "TPU7x"
+HIDDEN_SLICES = 16  # of weights in groups. With 8 a v6e has a slice of gate in memory at 1,024 tokens of 27B
 
 
 def hidden(
@@ -38,6 +39,33 @@ def hidden(
     """(h,), or (h, gate, up) if gate and up are saved, in the compute dtype. By XLA, or by the backend's kernel."""
     if op.backend.hidden is not None:
         return op.backend.hidden(op, params, x_BD.astype(op.dtype), save_gate_up)
+    in_groups = any(has_groups(base_of(weight)) for weight in (params.gate_proj, params.up_proj))
+    if in_groups and slices_allowed(op) and not op.on_cpu:
+        # A GPU would transpose int4 arrays of which slices are taken so. There each matmul takes slices in its own way.
+        apart = functools.partial(_hidden, op, save_gate_up=save_gate_up)
+        together = functools.partial(_hidden_in_slices, op, save_gate_up=save_gate_up)
+        return lax.platform_dependent(params, x_BD, mask_BF, cuda=apart, default=together)
+    return _hidden(op, params, x_BD, mask_BF, save_gate_up=save_gate_up)
+
+
+def _hidden_in_slices(op, params, x_BD, mask_BF, *, save_gate_up):
+    """The same in slices of F. Of gate and up, and of the weights in the compute dtype, only a slice exists at a time."""
+    hidden_dim = params.gate_proj.shape[1]
+    size = min(hidden_dim, round_up(ceil_div(hidden_dim, HIDDEN_SLICES), LANES))
+    axes, last = axes_of_leaves(params), SlicedAxis(-1, 1)
+    in_slice = op._replace(in_slices=True)
+
+    def add_slice(start, size, whole):
+        part = jax.tree.map(lambda a, axes: a if axes[-1] != "F" else last.take(a, start, size), params, axes)
+        mask_part_BF = last.take(mask_BF, start, size)
+        results = _hidden(in_slice, part, x_BD, mask_part_BF, save_gate_up=save_gate_up)
+        return tuple(last.put(array, result, start) for array, result in zip(whole, results))
+
+    zeros = (jnp.zeros((*x_BD.shape[:-1], hidden_dim), op.dtype),) * (3 if save_gate_up else 1)
+    return in_slices(hidden_dim, size, add_slice, vary_alike((zeros, x_BD))[0])
+
+
+def _hidden(op, params, x_BD, mask_BF, *, save_gate_up):
     # What is saved is rounded after the scales of quantised weights, what is only stored may be rounded before them.
     project_hidden = project if save_gate_up else project_wide
     gate_BF = project_hidden(op, op.between, x_BD, params.gate_proj, params.gate_bias)
@@ -189,7 +217,7 @@ def _slice_size(op, params, x_BD, shard_F, saved):
     chunks = 1 if size is None or x_BD.ndim < 2 else ceil_div(x_BD.shape[-2], size)
     least = 1 if saved else op.backend.float32_slices or 1
     base = base_of(params.down_proj)
-    group = base.group_size if isinstance(base, QuantizedWeight) and not scales_per_channel(base) else 1
+    group = base.group_size if has_groups(base) else 1
     return round_up(ceil_div(shard_F, max(chunks, least)), math.lcm(LANES, group))
 
 

@@ -45,17 +45,15 @@ def weight_count(preset):
         *itertools.product((H200,), SIZES, (1, 16, 1024), KINDS),
         *itertools.product((V5E,), ("gemma2_27b",), (1024,), KINDS),
         *itertools.product((V6E,), ("gemma2_2b",), (16,), KINDS),
+        *itertools.product((V6E,), ("gemma2_27b",), (1024,), ("int4 groups",)),
         *itertools.product((V5E,), ("gemma2_2b",), (1,), ("int4 groups",)),
     ],
 )
 def test_forward_makes_no_copy_of_the_weights(target, preset, tokens, kind):
-    """A TPU holds scales in float32, and in groups also gate and up, which the loop over slices fills. An H200 has a
-    slice of one weight at a time, that is 1/24 of all, in the compute dtype."""
-    config, groups = make_config(preset), kind == "int4 groups"
-    if target == H200:
-        allowed = 2 * weight_count(preset) / (8 if groups else 16)
-    else:
-        allowed = MIB + (2 * 2 * tokens * config.hidden_dim if groups else 0)
+    """A TPU holds the scales in float32. An H200 has a slice of one weight at a time, that is 1/24 of all, in the compute
+    dtype."""
+    share = 8 if kind == "int4 groups" else 16
+    allowed = 2 * weight_count(preset) / share if target == H200 else MIB / 2
     assert forward(target, preset, tokens, kind)[0] <= forward(target, preset, tokens, "dense")[0] + allowed
 
 
