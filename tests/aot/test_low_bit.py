@@ -87,7 +87,7 @@ def test_qlora_computes_no_gradient_and_no_copy_of_the_base(save, matmuls, mib):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("kind", "temporary", "arguments"), [("int4", 2377, 1060), ("int4 groups", 3970, 1181)])
+@pytest.mark.parametrize(("kind", "temporary", "arguments"), [("int4", 2377, 1060), ("int4 groups", 3908, 1181)])
 def test_qlora_at_8192_tokens(kind, temporary, arguments):
     compiled = compile_qlora(kind)
     assert compiled.temp_bytes == pytest.approx(temporary * MIB, rel=0.01)
