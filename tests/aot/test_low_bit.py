@@ -15,7 +15,6 @@ from gemma_mlp.testing.stacks import (
     TOKENS,
     compile_adapted,
     compile_forward,
-    compile_gradient,
     make_config,
 )
 from tests.support.vary import slow, vary
@@ -50,8 +49,7 @@ def weight_count(preset):
     ],
 )
 def test_forward_makes_no_copy_of_the_weights(target, preset, tokens, kind):
-    """A TPU holds the scales in float32. An H200 has a slice of one weight at a time, that is 1/24 of all, in the compute
-    dtype."""
+    """A TPU holds the scales in float32. An H200 has a slice of one weight, which is 1/24 of all, in the compute dtype."""
     share = 8 if kind == "int4 groups" else 16
     allowed = 2 * weight_count(preset) / share if target == H200 else MIB / 2
     assert forward(target, preset, tokens, kind)[0] <= forward(target, preset, tokens, "dense")[0] + allowed
@@ -89,13 +87,9 @@ def test_qlora_computes_no_gradient_and_no_copy_of_the_base(save, matmuls, mib):
 @pytest.mark.slow
 @pytest.mark.parametrize(("kind", "temporary", "arguments"), [("int4", 2377, 1060), ("int4 groups", 3908, 1181)])
 def test_qlora_at_8192_tokens(kind, temporary, arguments):
+    """The gradients of all dense weights take 10,080 MiB in all (`test_memory.py`), int4 with adapters 3,524."""
     compiled = compile_qlora(kind)
     assert compiled.temp_bytes == pytest.approx(temporary * MIB, rel=0.01)
     assert compiled.argument_bytes == pytest.approx(arguments * MIB, rel=0.001)
 
 
-@pytest.mark.slow
-def test_qlora_takes_a_third_of_fine_tuning_all_weights():
-    """3,524 MiB, and 10,080 with the gradients of all weights."""
-    full = compile_gradient(V5E, "scanned", make_config("gemma2_27b"))
-    assert compile_qlora("int4").total_bytes <= 0.36 * full.total_bytes

@@ -204,7 +204,6 @@ REMAT = {
     ("save", "remat", "matmuls", "mib"),
     [
         ("input", "policy", 11, 793),
-        slow("input", "none", 11, 937),
         slow("input", "all", 14, 649),
         slow("gate_up", "none", 9, 2233),
         slow("gate_up", "all", 12, 757),
