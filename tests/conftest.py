@@ -93,6 +93,13 @@ def eight_devices():
     """A test that uses this is left out unless there are eight devices."""
 
 
+@pytest.fixture
+def on_host_cpu():
+    """For tests of Pallas's interpreters, which are for a CPU. Where JAX's default device is a CPU, this changes nothing."""
+    with jax.default_device(None if jax.default_backend() == "cpu" else jax.local_devices(backend="cpu")[0]):
+        yield
+
+
 @pytest.fixture(scope="module")
 def quick_to_compile():
     """For tests of many small programs, whose time is mostly LLVM's. XLA's own passes all run."""
