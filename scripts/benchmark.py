@@ -54,7 +54,8 @@ def time(config, report):
     has_peer = all(map(importlib.util.find_spec, ("torch", "transformers")))
     refusals = {dtype: timing.kernels_refuse(preset, dtype) for dtype in config.dtypes}
     kernels = ["pallas", "pallas_gate_up"] if None in refusals.values() else []
-    contestants = ("ours", "input", "gate_up", "plain", *kernels, *(["torch"] if has_peer else []))
+    others = ["tokamax"] * (timing.tokamax_layer() is not None) + ["torch"] * has_peer
+    contestants = ("ours", "input", "gate_up", "plain", *kernels, *others)
     for dtype, reason in refusals.items():
         if reason is not None:
             print(f"\nThe kernels are left out in {dtype}: {reason}")

@@ -95,7 +95,7 @@ def eight_devices():
 
 @pytest.fixture
 def on_host_cpu():
-    """For tests of Pallas's interpreters, which are for a CPU. Where JAX's default device is a CPU, this changes nothing."""
+    """For tests of Pallas's interpreters, which are for a CPU. It changes nothing where the default device is one."""
     with jax.default_device(None if jax.default_backend() == "cpu" else jax.local_devices(backend="cpu")[0]):
         yield
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-CONTESTANTS = ("ours", "input", "gate_up", "plain", "pallas", "pallas_gate_up", "torch")
+CONTESTANTS = ("ours", "input", "gate_up", "plain", "pallas", "pallas_gate_up", "tokamax", "torch")
 
 
 def draw(path: Path, report: dict) -> bool:

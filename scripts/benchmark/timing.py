@@ -38,7 +38,7 @@ def measure(config: gemma_mlp.MLPConfig, dtype: str, tokens: int, rounds: int):
 
     # The forward pass is the same for both save policies, so there is one contestant, `ours`.
     layers = layers_of(config, dtype)
-    names = {"input": "ours", "plain": "plain", "pallas": "pallas"}
+    names = {"input": "ours", "plain": "plain", "pallas": "pallas", "tokamax": "tokamax"}
     contestants = {new: jitted(layers[name], params, x) for name, new in names.items() if name in layers}
     expected = checking.plain_float32(params, x)
     yield {"pass": "forward", **compare(forward, contestants, peer[0], expected, rounds)}
@@ -58,7 +58,28 @@ def layers_of(config, dtype) -> dict[str, Callable]:
     if kernels_refuse(config, dtype) is None:
         layers["pallas"] = functools.partial(ours, implementation="pallas")
         layers["pallas_gate_up"] = functools.partial(ours, implementation="pallas", save="gate_up")
+    if (by_tokamax := tokamax_layer()) is not None:
+        layers["tokamax"] = by_tokamax
     return layers
+
+
+def tokamax_layer() -> Callable | None:
+    """The plain formula with tokamax's kernel for h, in the form that it chooses. None if not installed or off a GPU.
+
+    It looks for the GPU among this process's devices, so the compiler for an absent one gets no kernel.
+    """
+    if jax.default_backend() != "gpu":
+        return None
+    try:
+        import tokamax  # pyright: ignore[reportMissingImports]
+    except ImportError:
+        return None
+
+    def layer(params, x):
+        weights = params.gate_proj, params.up_proj
+        return tokamax.gated_linear_unit(x, weights, activation=jax.nn.gelu) @ params.down_proj
+
+    return layer
 
 
 def compare(matmuls, contestants, torch, expected, rounds):

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import jax
@@ -165,6 +166,23 @@ def test_wrong_and_failing_contestants_are_reported_and_not_timed(monkeypatch):
     assert gradient["left_out"]["wrong"].startswith("WRONG: its relative error is 0.03")
     assert gradient["left_out"]["nan"].startswith("WRONG: its relative error is nan")
     assert gradient["left_out"]["raising"] == "RuntimeError: no such kernel"
+
+
+def test_tokamax_takes_part_on_a_gpu_if_it_is_installed(monkeypatch):
+    calls = []
+
+    def gated_linear_unit(x, weights, *, activation):
+        calls.append(x.shape)
+        return activation(x @ weights[0]) * (x @ weights[1])
+
+    monkeypatch.setitem(sys.modules, "tokamax", types.SimpleNamespace(gated_linear_unit=gated_linear_unit))
+    assert "tokamax" not in timing.layers_of(CONFIG, "float32")
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    params, x = MLPParams.init(CONFIG, jax.random.key(0)), jax.random.normal(jax.random.key(1), (3, 16))
+    result = timing.layers_of(CONFIG, "float32")["tokamax"](params, x)
+    assert calls == [(3, 16)] and relative_error(result, np.float64(timing.plain(params, x))) < 1e-6
+    monkeypatch.setitem(sys.modules, "tokamax", None)  # not installed
+    assert "tokamax" not in timing.layers_of(CONFIG, "float32")
 
 
 def test_an_accelerators_bare_matmuls_are_one_program(monkeypatch):
