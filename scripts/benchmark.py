@@ -3,13 +3,14 @@
     python scripts/benchmark.py --config=configs/benchmark.py:2b        # or :9b, :27b
     JAX_PLATFORMS=cpu python scripts/benchmark.py --config=configs/benchmark.py:2b --config.sections="('memory',)"
 
-It has five sections: time, calls, accuracy, memory and low_bit, which is for quantised weights and adapters. It prints
-tables of each, and writes benchmark.json and benchmark.png to config.workdir, which is runs/benchmark-2b for 2b. An
-interrupted benchmark starts over.
+It has five sections: time, calls, accuracy, memory and low_bit, which is for decoding, quantised weights and adapters.
+It prints tables of each, and writes benchmark.json and benchmark.png to config.workdir, which is runs/benchmark-2b for
+2b. The JSON file is whole after each row, so you may stop the benchmark at any moment. It then starts over.
 
-Times are those of JAX's default device. Let nothing else run meanwhile. With the `peers` extra, Hugging Face's module
-on PyTorch is timed too. Memory is what the compiler for this CPU reports. With the `aot` extra and JAX_PLATFORMS=cpu
-the compilers for TPUs and the H200 report theirs too.
+Times are those of JAX's default device. Let nothing else run meanwhile. Before a contestant is timed, its result is
+compared with the plain formula in float32. If it is wrong or fails, it is reported and left out. With the `peers`
+extra, Hugging Face's module on PyTorch is timed too. Memory is what the compiler for this CPU reports. With the `aot`
+extra and JAX_PLATFORMS=cpu the compilers for TPUs and the H200 report theirs too.
 
 scripts/benchmark/README.md explains the tables and has results.
 """
@@ -23,6 +24,7 @@ import cli
 import jax
 from benchmark import accuracy, calls, figure, low_bit, memory, timing
 from tqdm import tqdm
+from workdir import write_atomically
 
 from gemma_mlp import PRESETS
 
@@ -36,12 +38,13 @@ def main():
     workdir.mkdir(parents=True, exist_ok=True)
     report = {
         "preset": config.preset,
-        "versions": f"JAX {jax.__version__}, Python {platform.python_version()}, {jax.devices()[0].device_kind}",
+        "device": jax.devices()[0].device_kind,
+        "versions": f"JAX {jax.__version__}, Python {platform.python_version()}",
     }
-    print(f"{config.preset}: {report['versions']}")
+    print(f"{config.preset}: {report['device']}, {report['versions']}")
     for name in config.sections:
-        report[name] = SECTIONS[name](config, report)
-        (workdir / "benchmark.json").write_text(json.dumps(report, indent=2))
+        for _ in SECTIONS[name](config, report):  # each step has added something
+            write_atomically(workdir / "benchmark.json", json.dumps(report, indent=2))
     drawn = figure.draw(workdir / "benchmark.png", report)
     print(f"\nWritten to {workdir}: benchmark.json{', benchmark.png' if drawn else ''}")
 
@@ -50,8 +53,9 @@ def time(config, report):
     preset = PRESETS[config.preset]
     has_peer = all(map(importlib.util.find_spec, ("torch", "transformers")))
     refusals = {dtype: timing.kernels_refuse(preset, dtype) for dtype in config.dtypes}
-    kernels = ["pallas"] if None in refusals.values() else []
-    contestants = ("ours", "input", "gate_up", "plain", *kernels, *(["torch"] if has_peer else []))
+    kernels = ["pallas", "pallas_gate_up"] if None in refusals.values() else []
+    others = ["tokamax"] * (timing.tokamax_layer() is not None) + ["torch"] * has_peer
+    contestants = ("ours", "input", "gate_up", "plain", *kernels, *others)
     for dtype, reason in refusals.items():
         if reason is not None:
             print(f"\nThe kernels are left out in {dtype}: {reason}")
@@ -60,75 +64,83 @@ def time(config, report):
     print("\nThe bare matmuls in milliseconds, and the others relative to the bare matmuls")
     print(row("dtype", "pass", "tokens", "matmuls", *contestants, "TFLOP/s", "GB/s"))
     report["ceiling"] = {dtype: timing.ceiling(dtype, config.rounds) for dtype in config.dtypes}
-    rows = []
+    report["time"] = rows = []
+    yield
     with tqdm(total=2 * len(config.dtypes) * len(config.tokens), leave=False) as bar:
         for dtype, tokens in ((dtype, tokens) for dtype in config.dtypes for tokens in config.tokens):
             for measured in timing.measure(preset, dtype, tokens, config.rounds):
                 flops, moved = timing.work(preset, dtype, tokens, measured["pass"])
-                ours = measured.get("ours") or min(measured["input"], measured["gate_up"])
-                reached = {"TFLOP/s": flops / ours / 1e9, "GB/s": moved / ours / 1e6}
+                ours = [measured[name] for name in ("ours", "input", "gate_up") if name in measured]
+                reached = {"TFLOP/s": flops / min(ours) / 1e9, "GB/s": moved / min(ours) / 1e6} if ours else {}
                 rows.append({"dtype": dtype, "tokens": tokens, **measured, **reached})
                 ratios = (ratio(measured, name) for name in contestants)
-                numbers = (f"{reached['TFLOP/s']:.2f}", f"{reached['GB/s']:.0f}")
+                numbers = (f"{number:.2f}" for number in reached.values())
                 tqdm.write(row(dtype, measured["pass"], tokens, f"{measured['matmuls']:.2f}", *ratios, *numbers))
+                for name, reason in measured["left_out"].items():
+                    tqdm.write(f"{name} is left out: {reason}")
                 bar.update()
+                yield
     for dtype, best in report["ceiling"].items():
         print(f"This device's best in {dtype}: {best['TFLOP/s']:.2f} TFLOP/s, {best['GB/s']:.0f} GB/s")
-    return rows
 
 
 def ratio(measured, name):
     return f"{measured[name] / measured['matmuls']:.2f}" if name in measured else ""
 
 
-def overhead(config, _):
+def overhead(config, report):
     print("\nWhat a call costs before any arithmetic: milliseconds, and ours relative to theirs")
     print(row("ours", "theirs", "ratio"), " what")
-    rows = []
+    report["calls"] = rows = []
     for measured in tqdm(calls.measure(config.call_layers, config.rounds), total=8, leave=False):
         rows.append(measured)
         numbers = (f"{measured[name]:.2f}" for name in ("ours", "theirs", "ratio"))
         tqdm.write(f"{row(*numbers)}  {measured['what']}")
-    return rows
+        yield
 
 
-def errors(config, _):
+def errors(config, report):
     print("\nRelative L2 error of bfloat16 against float64, times 1000")
     print(row("tokens", "layer", *accuracy.RESULTS))
-    rows = []
+    report["accuracy"] = rows = []
     for tokens in config.accuracy_tokens:
         for measured in tqdm(accuracy.measure(PRESETS[config.preset], tokens), total=4, leave=False):
             rows.append(measured)
-            numbers = (f"{1000 * measured[name]:.2f}" for name in accuracy.RESULTS)
-            tqdm.write(row(tokens, measured["layer"], *numbers))
-    return rows
+            if "left_out" in measured:
+                tqdm.write(f"{measured['layer']} is left out: {measured['left_out']}")
+            else:
+                numbers = (f"{1000 * measured[name]:.2f}" for name in accuracy.RESULTS)
+                tqdm.write(row(tokens, measured["layer"], *numbers))
+            yield
 
 
-def stacks(config, _):
+def stacks(config, report):
     compilers, missing = memory.compilers()
     print(f"\nMiB of temporary memory of a gradient: bfloat16, {config.memory_tokens} tokens, {config.layers} layers")
     for name, reason in missing.items():
         print(f"{name} is left out: {reason}")
     print(row("stack", "layer", "chunk_size", *compilers))
     sizes = {"tokens": config.memory_tokens, "layers": config.layers, "chunk_size": config.chunk_size}
-    rows = []
+    report["memory"] = rows = []
     for measured in tqdm(memory.measure(config.preset, compilers, **sizes), leave=False):
         rows.append(measured)
         numbers = (mebibytes(measured, name) for name in compilers)
         tqdm.write(row(measured["stack"], measured["layer"], measured["chunk_size"] or "", *numbers))
-    return rows
+        yield
 
 
-def low_bits(config, _):
+def low_bits(config, report):
     print("\nMilliseconds with weights in few bits and adapters, and relative to dense weights: bfloat16")
     print(row("pass", "tokens", "ms", "ratio", "weights, MiB", "GB/s"), " weights")
     measurement = low_bit.measure(config.preset, config.low_bit_tokens, config.adapter_tokens, config.rounds)
-    times = []
+    report["low_bit"] = {"time": (times := []), "memory": (memories := [])}
     for measured in tqdm(measurement, leave=False):
         times.append(measured)
-        numbers = [f"{measured[name]:.2f}" for name in ("ms", "ratio")]
-        numbers += [f"{measured[name]:.1f}" if name in measured else "" for name in ("MiB", "GB/s")]
-        tqdm.write(f"{row(measured['pass'], measured['tokens'], *numbers)}  {measured['weights']}")
+        digits = {"ms": 3, "ratio": 2, "MiB": 1, "GB/s": 1}
+        numbers = [f"{measured[name]:.{digits[name]}f}" if name in measured else "" for name in digits]
+        about = f"{measured['weights']}{' is left out: ' * ('left_out' in measured)}{measured.get('left_out', '')}"
+        tqdm.write(f"{row(measured['pass'], measured['tokens'], *numbers)}  {about}")
+        yield
 
     compilers, missing = memory.compilers(low_bit.COMPILERS)
     print(f"\nTheir MiB of temporary memory + arguments; gradients of {config.layers} scanned layers")
@@ -136,12 +148,11 @@ def low_bits(config, _):
         print(f"{name} is left out: {reason}")
     print(row("pass", "tokens", *compilers), " weights")
     sizes = {"tokens": config.low_bit_tokens, "gradient_tokens": config.memory_tokens, "layers": config.layers}
-    memories = []
     for measured in tqdm(low_bit.measure_memory(config.preset, compilers, **sizes), leave=False):
         memories.append(measured)
         sums = (" + ".join(f"{mib:.0f}" for mib in measured[name] or ()) or "too large" for name in compilers)
         tqdm.write(f"{row(measured['pass'], measured['tokens'], *sums)}  {measured['weights']}")
-    return {"time": times, "memory": memories}
+        yield
 
 
 def mebibytes(measured, name):
@@ -151,7 +162,7 @@ def mebibytes(measured, name):
 
 
 def row(*cells):
-    return "".join(f"{cell!s:>14}" for cell in cells)
+    return "".join(f"{cell!s:>15}" for cell in cells)
 
 
 SECTIONS = {"time": time, "calls": overhead, "accuracy": errors, "memory": stacks, "low_bit": low_bits}

@@ -29,6 +29,11 @@ SETS = {  # marker or fixture: (what its tests need, the packages of that, how t
     "needs_tunix": ("Tunix", ("google-tunix",), "see tests/README.md"),
     "needs_deepmind": ("DeepMind's gemma", ("gemma",), "see tests/README.md"),
     "eight_devices": ("eight devices", (), "a CPU counts as eight, JAX_PLATFORMS=cpu"),
+    "needs_cpu": ("a CPU as JAX's default device", (), "JAX_PLATFORMS=cpu"),
+}
+LACKING = {  # of what no package brings
+    "eight_devices": lambda: jax.device_count() != 8,
+    "needs_cpu": lambda: jax.default_backend() != "cpu",
 }
 NOT_RUN = pytest.StashKey[dict[str, int]]()  # the number of tests of each set, and of slow tests, that were left out
 
@@ -51,7 +56,7 @@ def pytest_collection_modifyitems(config, items):
         needing = {item for item in items if item.get_closest_marker(name) or name in getattr(item, "fixturenames", ())}
         if not needing:
             continue
-        if any(map(is_missing, packages)) or (name == "eight_devices" and jax.device_count() != 8):
+        if any(map(is_missing, packages)) or (name in LACKING and LACKING[name]()):
             items[:] = [item for item in items if item not in needing]
             config.stash[NOT_RUN][name] = len(needing)
             config.hook.pytest_deselected(items=list(needing))
@@ -86,6 +91,13 @@ def pytest_terminal_summary(terminalreporter, config):
 @pytest.fixture
 def eight_devices():
     """A test that uses this is left out unless there are eight devices."""
+
+
+@pytest.fixture
+def on_host_cpu():
+    """For tests of Pallas's interpreters, which are for a CPU. It changes nothing where the default device is one."""
+    with jax.default_device(None if jax.default_backend() == "cpu" else jax.local_devices(backend="cpu")[0]):
+        yield
 
 
 @pytest.fixture(scope="module")

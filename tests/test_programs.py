@@ -12,9 +12,8 @@ import pytest
 
 from gemma_mlp import MLPConfig
 from gemma_mlp.testing.oracle import relative_error
-from tests.support.programs import PROGRAMS, exported, transformed
+from tests.support.programs import PROGRAMS, exported, on_meshes, transformed
 from tests.support.programs.formulas import D, F, Ours, Plain, make_params
-from tests.support.vary import slow
 
 pytestmark = [pytest.mark.usefixtures("quick_to_compile"), pytest.mark.promotes]  # which plain code and Flax rely on
 
@@ -23,6 +22,7 @@ LENGTHS = {"several": 5, "one": 1, "none": 0}
 # The largest errors measured are 0.027 (three layers, second derivatives) and 2e-6. A sum that JAX forgot, or added
 # twice, is an error of a third or more.
 BOUNDS = {"bfloat16": 0.05, None: 1e-5}
+ON_DEVICES = {*on_meshes.PROGRAMS, "nnx.shard_map"}  # several of them
 # These run by default, with several tokens.
 QUICK = [
     "grad in jit",
@@ -48,7 +48,9 @@ def rows():
         for j, save in enumerate(("input", "gate_up", "autodiff"), start=i):
             tokens = list(LENGTHS)[j % 3]
             row = name, save, (2, None)[j % 2], tokens, list(BOUNDS)[(i // 2 + j) % 2]
-            yield row if name in QUICK and tokens == "several" else slow(*row)
+            marks = [] if name in QUICK and tokens == "several" else [pytest.mark.slow]
+            marks += [pytest.mark.eight_devices] if name in ON_DEVICES else []
+            yield pytest.param(*row, marks=marks)
 
 
 def refusal(program, save, chunk_size, tokens):
@@ -63,7 +65,7 @@ def refusal(program, save, chunk_size, tokens):
 
 
 @pytest.mark.parametrize(("program", "save", "chunk_size", "tokens", "dtype"), list(rows()))
-def test_the_block_in_a_program(program, save, chunk_size, tokens, dtype, eight_devices):
+def test_the_block_in_a_program(program, save, chunk_size, tokens, dtype):
     x = jax.random.normal(jax.random.key(9), (2, LENGTHS[tokens], D))
     params, run = make_params(), PROGRAMS[program]
     ours = Ours(MLPConfig(D, F, save=save, chunk_size=chunk_size, dtype=dtype))

@@ -13,9 +13,14 @@ READMES = [path.relative_to(ROOT) for path in sorted(ROOT.rglob("README.md"))]
 READMES = [path for path in READMES if not path.parts[0].startswith(".")]  # such as .venv
 
 
+def cases():
+    for path in filter(blocks, READMES):
+        on_eight = any("# of eight devices" in block for block in blocks(path))
+        yield pytest.param(path, marks=pytest.mark.eight_devices if on_eight else ())
+
+
 @pytest.mark.promotes
-@pytest.mark.usefixtures("eight_devices")
-@pytest.mark.parametrize("path", list(filter(blocks, READMES)), ids=str)
+@pytest.mark.parametrize("path", cases(), ids=str)
 def test_python_blocks_run(path):
     session = {}
     for block in blocks(path):

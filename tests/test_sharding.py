@@ -24,6 +24,7 @@ from tests.support.cases import block_case as make_block_case
 from tests.support.meshes import RULES, make_mesh, spread
 from tests.support.vary import vary
 
+pytestmark = pytest.mark.usefixtures("eight_devices")
 SHAPES = ((8, 1), (4, 2), (2, 4), (1, 8))  # fsdp, tensor
 MESHES = (*((shape, AxisType.Auto) for shape in SHAPES), ((2, 4), AxisType.Explicit))
 EMBED_DIM, HIDDEN_DIM = 16, 2048  # each of eight shards of F is two slices of 128
@@ -172,7 +173,7 @@ def test_hidden_activations_have_explicit_axes():
 
 @pytest.mark.parametrize("placed", ["both", "parameters", "x"])
 @pytest.mark.parametrize("under", [lambda call: call, jax.jit], ids=["eager", "jit"])
-def test_arrays_with_explicit_axes_need_no_mesh_in_force(placed, under, eight_devices):
+def test_arrays_with_explicit_axes_need_no_mesh_in_force(placed, under):
     """Their types say how they are split."""
     arrays, x, _, expected = case()
     mesh = make_mesh(2, 4, AxisType.Explicit)

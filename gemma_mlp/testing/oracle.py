@@ -47,24 +47,27 @@ ACTIVATIONS = {  # name: (value, derivative)
 }
 
 
-def mlp(params, x, activation, stored=exact):
-    """y [*B, D] and everything the gradients need. `params`: a dict of float64 arrays."""
+def mlp(params, x, activation, stored=exact, between=exact):
+    """y [*B, D] and everything the gradients need. `params`: a dict of float64 arrays.
+
+    `between` is applied to gate and up (and to dh in the gradients), which only some platforms store between matmuls.
+    """
     act, _ = ACTIVATIONS[activation]
-    gate = x @ params["gate_proj"] + params.get("gate_bias", 0)
-    up = x @ params["up_proj"] + params.get("up_bias", 0)
+    gate = between(x @ params["gate_proj"] + params.get("gate_bias", 0))
+    up = between(x @ params["up_proj"] + params.get("up_bias", 0))
     h = stored(act(gate) * up)
     y = stored(h @ params["down_proj"] + params.get("down_bias", 0))
     return y, (gate, up, h)
 
 
-def mlp_gradients(params, x, dy, activation, stored=exact, saved=exact, weights=None):
+def mlp_gradients(params, x, dy, activation, stored=exact, saved=exact, weights=None, between=exact):
     """(gradients of the parameters, gradient of x) for the cotangent `dy`.
 
     `saved` is applied to the gate and up that the backward pass starts from, `weights` (by default `stored`) to the
     gradients of the parameters.
     """
     weights = weights or stored
-    h, dgate, dup = hidden_gradients(params, x, dy, activation, stored, saved)
+    h, dgate, dup = hidden_gradients(params, x, dy, activation, stored, saved, between)
     grads = {
         "gate_proj": weights(outer(x, dgate)),
         "up_proj": weights(outer(x, dup)),
@@ -92,12 +95,12 @@ def lora_gradients(x, dy, lora_a, lora_b, factor, stored=exact):
     return stored(outer(x, dlow)), stored(outer(low, dy))
 
 
-def hidden_gradients(params, x, dy, activation, stored=exact, saved=exact):
+def hidden_gradients(params, x, dy, activation, stored=exact, saved=exact, between=exact):
     """h and the gradients of gate and up, as :func:`mlp_gradients` has them."""
     act, d_act = ACTIVATIONS[activation]
-    _, (gate, up, _) = mlp(params, x, activation)
+    _, (gate, up, _) = mlp(params, x, activation, between=between)
     gate, up = saved(gate), saved(up)
-    dh = dy @ params["down_proj"].T
+    dh = between(dy @ params["down_proj"].T)
     return stored(act(gate) * up), stored(dh * up * d_act(gate)), stored(dh * act(gate))
 
 
@@ -112,22 +115,23 @@ def rms_norm_gradients(scale, x, dy, eps, scale_plus_one=True):
     return total(dy * normed), (weighted - normed * np.mean(weighted * normed, axis=-1, keepdims=True)) / rms
 
 
-def block(params, x, activation, eps, stored=exact, scale_plus_one=True):
+def block(params, x, activation, eps, stored=exact, scale_plus_one=True, between=exact):
     """x + post_norm(mlp(pre_norm(x))); `params` as {"pre_norm": scale, "mlp": {...}, "post_norm": scale or None}."""
-    y, _ = mlp(params["mlp"], stored(rms_norm(params["pre_norm"], x, eps, scale_plus_one)), activation, stored)
+    normed = stored(rms_norm(params["pre_norm"], x, eps, scale_plus_one))
+    y, _ = mlp(params["mlp"], normed, activation, stored, between)
     if params["post_norm"] is not None:
         y = rms_norm(params["post_norm"], y, eps, scale_plus_one)
     return stored(x + y)
 
 
-def block_gradients(params, x, dy, activation, eps, stored=exact, scale_plus_one=True):
+def block_gradients(params, x, dy, activation, eps, stored=exact, scale_plus_one=True, between=exact):
     """(gradients of the parameters, gradient of x); every array between the norms and the MLP is stored."""
     normed = stored(rms_norm(params["pre_norm"], x, eps, scale_plus_one))
     d_post, dbranch = None, dy
     if params["post_norm"] is not None:
-        y, _ = mlp(params["mlp"], normed, activation, stored)
+        y, _ = mlp(params["mlp"], normed, activation, stored, between)
         d_post, dbranch = rms_norm_gradients(params["post_norm"], y, dy, eps, scale_plus_one)
-    d_mlp, dnormed = mlp_gradients(params["mlp"], normed, stored(dbranch), activation, stored)
+    d_mlp, dnormed = mlp_gradients(params["mlp"], normed, stored(dbranch), activation, stored, between=between)
     d_pre, dx = rms_norm_gradients(params["pre_norm"], x, dnormed, eps, scale_plus_one)
     d_post = None if d_post is None else stored(d_post)
     return {"pre_norm": stored(d_pre), "mlp": d_mlp, "post_norm": d_post}, stored(dy + dx)

@@ -4,6 +4,8 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
+CONTESTANTS = ("ours", "input", "gate_up", "plain", "pallas", "pallas_gate_up", "tokamax", "torch")
+
 
 def draw(path: Path, report: dict) -> bool:
     """Draws one panel for each dtype and pass that was timed, and one for the memory of the scanned stack.
@@ -19,9 +21,10 @@ def draw(path: Path, report: dict) -> bool:
     axes = figure.subplots(1, count, squeeze=False)
     for (dtype, which), panel in zip(panels, axes[0]):
         rows = [row for row in report["time"] if (row["dtype"], row["pass"]) == (dtype, which)]
-        for name in (name for name in rows[0] if name in ("ours", "input", "gate_up", "plain", "pallas", "torch")):
-            ratios = [row[name] / row["matmuls"] for row in rows]
-            panel.plot([row["tokens"] for row in rows], ratios, marker="o", label=name)
+        for name in CONTESTANTS:
+            points = sorted((row["tokens"], row[name] / row["matmuls"]) for row in rows if name in row)
+            if points:
+                panel.plot(*zip(*points), marker="o", label=name)
         panel.axhline(1, color="gray", linestyle="--", label="bare matmuls")
         panel.set(
             title=f"{which}, {dtype}", xlabel="tokens", ylabel="time / bare matmuls", xscale="log", ylim=(0, None)

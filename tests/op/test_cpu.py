@@ -106,6 +106,7 @@ def test_the_platform_is_chosen_only_where_programs_differ(function, shape, dtyp
     assert str(program).count("platform_index") == choices
 
 
+@pytest.mark.needs_cpu
 @pytest.mark.parametrize(
     ("dtype", "save", "bound"), [("bfloat16", "input", 41), ("float32", "input", 19), ("float32", "gate_up", 19)]
 )

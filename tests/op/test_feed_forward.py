@@ -80,8 +80,9 @@ def test_bfloat16_at_2b_sizes(param_dtype, save, case_2b):
     measured = errors(result, exact)
     for name, error in measured.items():
         assert error <= FLOOR_FACTOR * floor[name], name
-    assert floor["y"] == pytest.approx(2.34e-3, rel=0.02)
-    if save == "input":  # only h, y and what a gradient stores once are ever rounded
+    on_cpu = jax.default_backend() == "cpu"
+    assert floor["y"] == pytest.approx(2.34e-3 if on_cpu else 3.4e-3, rel=0.02)
+    if save == "input" and on_cpu:  # only h, y and what a gradient stores once are ever rounded
         assert max(measured.values()) <= FLOOR_FACTOR * 2.34e-3
 
     params, x = samples.mlp_params(arrays, "bfloat16"), jnp.asarray(x, "bfloat16")
@@ -107,7 +108,9 @@ def test_weight_gradients_accumulate_in_float32_however_many_tokens():
     arrays, x, dy = case((4096,))
     exact = exact_result(arrays, x, dy, "gelu_tanh")
     result = run(arrays, x, dy, "bfloat16", param_dtype="float32", dtype="bfloat16", jit=True)
-    bound = 2**-8 / 3**0.5  # rounding an operand once to bf16 has an error of at most this
+    # Rounding an operand once to bf16 has an error of at most 2^-8 / sqrt(3) = 2.26e-3. Accelerators round gate, up and
+    # dh too: up to 3.6e-3, as above.
+    bound = 2**-8 / 3**0.5 if jax.default_backend() == "cpu" else 3.6e-3
     for name, error in errors(result, exact).items():
         if name.endswith("proj"):
             assert error <= bound, name
@@ -363,6 +366,7 @@ def test_initialisation_has_unit_gain_and_the_asked_dtype():
     assert not any(jnp.any(bias) for bias in (params.gate_bias, params.up_bias, params.down_bias))
 
 
+@pytest.mark.needs_cpu
 def test_a_single_bfloat16_token_goes_through_two_rows():
     """XLA's CPU backend multiplies one row of bfloat16 on a path that is ten times slower."""
     params, x = samples.mlp_params(case(())[0], "bfloat16"), jnp.ones((1, EMBED_DIM), "bfloat16")

@@ -25,6 +25,7 @@ from tests.support.vary import first_is_quick
 
 INTERNAL = "jax._src.pallas.mosaic_gpu.interpret"
 FLOOR_FACTOR = 1.02
+pytestmark = pytest.mark.usefixtures("on_host_cpu")
 STEPS = 5 * gpu_kernels.BLOCK_D  # the sum over D has more blocks than are in flight at a time
 # The interpreter of JAX 0.10.2 raises if a copy passes the end of an array, and if a block is transposed. The hardware
 # allows both.

@@ -30,6 +30,7 @@ V5E, V5P, V6E = pltpu.ChipVersion.TPU_V5E, pltpu.ChipVersion.TPU_V5P, pltpu.Chip
 EMBED_DIM, HIDDEN_DIM = 128, 512
 SERVED_ACTIVATIONS = [name for name in ACTIVATIONS if name not in TPU.lacks]
 FLOOR_FACTOR = 1.02
+pytestmark = pytest.mark.usefixtures("on_host_cpu")
 
 
 def small_blocks(monkeypatch, version=V5E, cores=1):

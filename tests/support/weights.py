@@ -9,7 +9,7 @@ import numpy as np
 from gemma_mlp import LoRAWeight, MLPParams, QuantizedWeight
 from gemma_mlp.params import WEIGHTS
 from gemma_mlp.testing import oracle
-from tests.support import samples
+from tests.support import cases, samples
 
 RANK, FACTOR = 16, 0.75
 # name: (dtype of the base or None, group size or None, whether there is an adapter)
@@ -104,9 +104,10 @@ def put(params, leaves):
 
 def exact_result(parts, effective, x, dy, activation, stored=oracle.exact, saved=oracle.exact):
     """{name: value} of y, dx and all gradients that exist, from the float64 oracle."""
-    y, _ = oracle.mlp(effective, x, activation, stored)
-    dparams, dx = oracle.mlp_gradients(effective, x, dy, activation, stored, saved=saved)
-    h, dgate, dup = oracle.hidden_gradients(effective, x, dy, activation, stored, saved)
+    between = cases.between(stored)
+    y, _ = oracle.mlp(effective, x, activation, stored, between)
+    dparams, dx = oracle.mlp_gradients(effective, x, dy, activation, stored, saved=saved, between=between)
+    h, dgate, dup = oracle.hidden_gradients(effective, x, dy, activation, stored, saved, between)
     results = {"y": y, "dx": dx} | {name: d for name, d in dparams.items() if name not in WEIGHTS}
     for name, (into, out_of) in {"gate_proj": (x, dgate), "up_proj": (x, dup), "down_proj": (h, dy)}.items():
         part = parts[name]
