@@ -49,7 +49,7 @@ def hidden(
 
 
 def _hidden_in_slices(op, params, x_BD, mask_BF, *, save_gate_up):
-    """The same in slices of F: only a slice of gate and up, and of the weights in the compute dtype, exists at a time."""
+    """The same in slices of F: of gate, up and the weights in the compute dtype, only a slice exists at a time."""
     hidden_dim = params.gate_proj.shape[1]
     size = min(hidden_dim, round_up(ceil_div(hidden_dim, HIDDEN_SLICES), LANES))
     axes, last = axes_of_leaves(params), SlicedAxis(-1, 1)

@@ -49,7 +49,7 @@ def weight_count(preset):
     ],
 )
 def test_forward_makes_no_copy_of_the_weights(target, preset, tokens, kind):
-    """A TPU holds the scales in float32. An H200 has a slice of one weight, which is 1/24 of all, in the compute dtype."""
+    """A TPU holds the scales in float32, an H200 a slice of one weight, 1/24 of all, in the compute dtype."""
     share = 8 if kind == "int4 groups" else 16
     allowed = 2 * weight_count(preset) / share if target == H200 else MIB / 2
     assert forward(target, preset, tokens, kind)[0] <= forward(target, preset, tokens, "dense")[0] + allowed
@@ -91,5 +91,3 @@ def test_qlora_at_8192_tokens(kind, temporary, arguments):
     compiled = compile_qlora(kind)
     assert compiled.temp_bytes == pytest.approx(temporary * MIB, rel=0.01)
     assert compiled.argument_bytes == pytest.approx(arguments * MIB, rel=0.001)
-
-
