@@ -52,7 +52,7 @@ def test_both_shells_have_one_tree_and_give_the_same_logits():
     shapes = jax.eval_shape(models["linen"].init, jax.random.key(0))
     assert jax.tree.map(lambda leaf: leaf.shape, params) == jax.tree.map(lambda leaf: leaf.shape, shapes)
     np.testing.assert_array_equal(models["nnx"].logits(params, tokens), models["linen"].logits(params, tokens))
-    with pytest.raises(ValueError, match=r"config.api must be nnx or linen\. .*'haiku'"):
+    with pytest.raises(ValueError, match=r"config.api must be one of nnx, linen\. .*'haiku'"):
         language_model.make("haiku", *sizes)
 
 
