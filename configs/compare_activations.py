@@ -18,12 +18,7 @@ def get_config(size: str = "default") -> ml_collections.ConfigDict:
     config.contestants = (  # the feed-forwards that are compared
         "geglu_tanh", "geglu_erf", "swiglu", "reglu", "glu", "bilinear", "gelu", "silu", "relu",
     )  # fmt: skip
-    config.factorial = (
-        "geglu_tanh",
-        "reglu",
-        "gelu",
-        "relu",
-    )  # with or without a gate, smooth or kinked: for gradients, curvature
+    config.factorial = ("geglu_tanh", "reglu", "gelu", "relu")  # with or without a gate, smooth or kinked
     config.seeds = tuple(range(6))  # these compare the contestants
     config.tuning_seeds = (100, 101)  # these choose each contestant's learning rate
 
@@ -79,7 +74,7 @@ def get_config(size: str = "default") -> ml_collections.ConfigDict:
 
 def shrink(config):
     config.contestants = ("geglu_tanh", "gelu")
-    config.factorial = ("geglu_tanh",)
+    config.factorial = ("geglu_tanh", "reglu", "gelu", "relu")  # with or without a gate, smooth or kinked
     config.seeds, config.tuning_seeds = (0, 1), (100,)
     config.embed_dim, config.hidden_dim, config.num_layers = 16, 32, 1
     config.seq_len, config.batch_size, config.steps = 16, 4, 20

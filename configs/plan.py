@@ -12,9 +12,7 @@ def get_config(size: str = "2b") -> ml_collections.ConfigDict:
     config.program = "train"  # or forward
     config.tokens = 8192  # the length of a sequence; a batch has data x fsdp sequences
 
-    config.mesh = (
-        "data=1,fsdp=16,tensor=16"  # how many ways each axis splits the work; the product is that of the chips
-    )
+    config.mesh = "data=1,fsdp=16,tensor=16"  # how many ways each axis splits the work
     config.save = "input"  # block saves less for the backward pass, gate_up saves more
     config.sequence_parallel = True  # whether tensor shards the residual stream's length outside of the feed-forward
 

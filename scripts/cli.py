@@ -104,12 +104,12 @@ def errors_in_one_line() -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        message = str(error)
+        message = " ".join(str(error).split())
         if " Fix: " not in message:
             if not isinstance(error, (OSError, flags.Error)):
                 raise
             message = f"{type(error).__name__}: {message}"
-        raise SystemExit(" ".join(message.split())) from None
+        raise SystemExit(message) from None
 
 
 @contextmanager

@@ -86,5 +86,5 @@ def draw(axes, runs) -> None:
         )
     axes.set_yticks(range(len(rows)), labels)
     axes.invert_yaxis()
-    axes.set(title="Held-out text", xlabel="bits per byte, 95 % intervals")
+    axes.set(title="Held-out text", xlabel="loss in bits per byte, 95 % intervals", ylabel="feed-forward")
     axes.legend()
