@@ -74,7 +74,7 @@ def get_config(size: str = "default") -> ml_collections.ConfigDict:
 
 def shrink(config):
     config.contestants = ("geglu_tanh", "gelu")
-    config.factorial = ("geglu_tanh", "reglu", "gelu", "relu")  # with or without a gate, smooth or kinked
+    config.factorial = ("geglu_tanh",)
     config.seeds, config.tuning_seeds = (0, 1), (100,)
     config.embed_dim, config.hidden_dim, config.num_layers = 16, 32, 1
     config.seq_len, config.batch_size, config.steps = 16, 4, 20

@@ -1,6 +1,7 @@
 """The command line of the scripts: settings with their help, errors and interruptions in one line, few logs."""
 
 import difflib
+import os
 import re
 import runpy
 import sys
@@ -16,6 +17,7 @@ from gemma_mlp.checks import likely_fix, positive_int, require
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 HELP = {"--help", "-help", "--helpshort", "-helpshort", "-?", "--?", "-h", "--h"}
+INTERRUPTED = 130  # the exit status after Ctrl-C, 128 + SIGINT
 COLUMN = 36  # where the help of a field begins
 KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
 
@@ -92,7 +94,14 @@ def run(main: Callable[[], int | None]) -> None:
         with errors_in_one_line(), interruptible(lambda: "Nothing is saved. The same command starts over."):
             return main()
 
-    app.run(checked, flags_parser=_parse)
+    try:
+        app.run(checked, flags_parser=_parse)
+    except SystemExit as end:
+        if end.code != INTERRUPTED:
+            raise
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(INTERRUPTED)  # at once, since JAX may still compute, and an orderly exit would crash or wait for it
 
 
 @contextmanager
@@ -123,7 +132,7 @@ def interruptible(saved: Callable[[], str]) -> Iterator[None]:
         yield
     except KeyboardInterrupt:
         print(f"\nInterrupted. {saved()}", file=sys.stderr)
-        raise SystemExit(130) from None
+        raise SystemExit(INTERRUPTED) from None
 
 
 def require_names(field: str, names: Collection[str], known: Collection[str]) -> None:
