@@ -30,7 +30,6 @@ from compare_activations.ensembles import Member
 from compare_activations.ledger import Ledger
 from compare_activations.statistics import interval, paired
 from flax import nnx
-from workdir import read_json_lines
 
 import gemma_mlp
 from gemma_mlp.testing import oracle
@@ -100,11 +99,22 @@ def check_axes(drawn, count):
         assert each.axison and each.get_title() and each.get_xlabel() and each.get_ylabel()
 
 
-@pytest.mark.slow
-def test_the_figure_of_the_study_has_labels_and_no_empty_panel(smoke):
-    workdir, _, _ = smoke
+def test_the_figure_of_the_study_has_labels_and_no_empty_panel():
+    """Drawn from made-up runs of two contestants, with two seeds."""
+    scores = {"part": "comparison", "seeds": [0, 1], "learning_rates": [0.1, 0.1], "scores": [2.0, 3.0]}
+    gradients = {"step": 0, "gradients": [[3.0, 2.0, 1.0], [3.0, 2.0, 1.0]]}
+    sharpness = {"step": 5, "eigenvalue": [5.0, 6.0], "change": [0.5, 0.6]}
+    runs = []
+    for name in ("geglu_tanh", "gelu"):
+        runs.append({"section": "heldout", "contestant": name, **scores})
+        for function in expressiveness.FUNCTIONS:
+            runs.append({"section": "expressiveness", "contestant": name, "function": function, **scores})
+        for wiring in ("norms and residual", "neither"):
+            run = {"section": "gradient_flow", "contestant": name, "wiring": wiring, "depth": 2}
+            runs.append(run | {"at": [gradients]})
+        runs.append({"section": "curvature", "contestant": name, "at": [sharpness, sharpness | {"step": 9}]})
     sections = (heldout, gradient_flow, expressiveness, curvature, approximation)
-    check_axes(figure.compose([section.draw for section in sections], read_json_lines(workdir / "runs.jsonl")), 5)
+    check_axes(figure.compose([section.draw for section in sections], runs), 5)
 
 
 @pytest.mark.parametrize(("count", "rows"), [(1, [1]), (3, [3]), (5, [3, 2])])
