@@ -5,72 +5,67 @@
 
 import ml_collections
 
-from gemma_mlp.checks import require
+from gemma_mlp.checks import require_choice
 
 SIZES = ("default", "smoke")
 
 
 def get_config(size: str = "default") -> ml_collections.ConfigDict:
-    require(
-        size in SIZES,
-        f"The size must be one of {', '.join(SIZES)}.",
-        repr(size),
-        "use one of these names.",
-    )
+    require_choice("The size", size, SIZES)
     config = ml_collections.ConfigDict()
     config.workdir = f"runs/compare_activations-{size}"  # receives all files; a study continues from it
-    config.sections = ("heldout", "gradient_flow", "expressiveness", "curvature", "approximation")
-    config.contestants = (
+    config.sections = ("heldout", "gradient_flow", "expressiveness", "curvature", "approximation")  # what is measured
+    config.contestants = (  # the feed-forwards that are compared
         "geglu_tanh", "geglu_erf", "swiglu", "reglu", "glu", "bilinear", "gelu", "silu", "relu",
     )  # fmt: skip
     config.factorial = ("geglu_tanh", "reglu", "gelu", "relu")  # with or without a gate, smooth or kinked
     config.seeds = tuple(range(6))  # these compare the contestants
     config.tuning_seeds = (100, 101)  # these choose each contestant's learning rate
 
-    # The text is that of configs/train_toy.py, and the model is smaller. Without a gate hidden_dim is 3/2 as large.
-    config.data = ""
-    config.heldout_fraction = 0.1
-    config.heldout_max_bytes = 100_000
-    config.embed_dim = 48
-    config.hidden_dim = 192
-    config.num_layers = 2
-    config.num_heads = 2
-    config.seq_len = 64
-    config.batch_size = 8
-    config.steps = 200
-    config.learning_rates = (4e-3, 8e-3, 1.6e-2, 3.2e-2)
-    config.warmup_fraction = 0.1
-    config.weight_decay = 0.1
+    # The text is that of configs/train_toy.py, and the model is smaller.
+    config.data = ""  # a text file or a folder of them; empty means the documentation in Python's pydoc_data/topics.py
+    config.heldout_fraction = 0.1  # the share of the text, at its end, that is not trained on
+    config.heldout_max_bytes = 100_000  # at most so many bytes are held out
+    config.embed_dim = 48  # the width of the residual stream
+    config.hidden_dim = 192  # the width of one branch with a gate; without a gate it is 3/2 as large
+    config.num_layers = 2  # the number of layers
+    config.num_heads = 2  # the number of attention heads in a layer
+    config.seq_len = 64  # the length in bytes of what the model sees at once
+    config.batch_size = 8  # the number of sequences in a step
+    config.steps = 200  # the number of training steps
+    config.learning_rates = (4e-3, 8e-3, 1.6e-2, 3.2e-2)  # the peaks to choose from
+    config.warmup_fraction = 0.1  # the share of the steps that are the warm-up
+    config.weight_decay = 0.1  # AdamW's, of the matrices
 
-    flow = config.gradient_flow = ml_collections.ConfigDict()
-    flow.embed_dim = 32
-    flow.hidden_dim = 128
-    flow.depths = (4, 16, 64)
-    flow.seeds = tuple(range(5))
-    flow.at = (10, 30)  # measure after these steps, and at the start
-    flow.learning_rate = 2e-3
-    flow.seq_len = 32
-    flow.batch_size = 4
+    config.gradient_flow = ml_collections.ConfigDict()
+    config.gradient_flow.embed_dim = 32  # the width of a stack of feed-forwards
+    config.gradient_flow.hidden_dim = 128  # the width of one branch
+    config.gradient_flow.depths = (4, 16, 64)  # the numbers of layers
+    config.gradient_flow.seeds = tuple(range(5))  # draw the initial weights and the order of the data
+    config.gradient_flow.at = (10, 30)  # measure after these steps, and at the start
+    config.gradient_flow.learning_rate = 2e-3  # the peak
+    config.gradient_flow.seq_len = 32  # the length in bytes of a sequence
+    config.gradient_flow.batch_size = 4  # the number of sequences in a step
 
-    fit = config.expressiveness = ml_collections.ConfigDict()
-    fit.embed_dim = 16
-    fit.hidden_dim = 64
-    fit.steps = 600
-    fit.batch_size = 256
-    fit.learning_rates = (3e-2, 1e-1, 3e-1)
-    fit.warmup_fraction = 0.1
+    config.expressiveness = ml_collections.ConfigDict()
+    config.expressiveness.embed_dim = 16  # the number of inputs, one of which is a constant
+    config.expressiveness.hidden_dim = 64  # the width of one branch
+    config.expressiveness.steps = 600  # the number of training steps of a fit
+    config.expressiveness.batch_size = 256  # the number of points in a step
+    config.expressiveness.learning_rates = (3e-2, 1e-1, 3e-1)  # the peaks to choose from
+    config.expressiveness.warmup_fraction = 0.1  # the share of the steps that are the warm-up
 
-    curvature = config.curvature = ml_collections.ConfigDict()
-    curvature.seeds = tuple(range(5))
-    curvature.learning_rate = 8e-3
-    curvature.at = (10, 50, 100, 180)  # measure after these steps
-    curvature.iterations = 10  # iterations of Lanczos' method
-    curvature.batch_size = 8
+    config.curvature = ml_collections.ConfigDict()
+    config.curvature.seeds = tuple(range(5))  # draw the initial weights and the order of the data
+    config.curvature.learning_rate = 8e-3  # the peak
+    config.curvature.at = (10, 50, 100, 180)  # measure after these steps
+    config.curvature.iterations = 10  # iterations of Lanczos' method
+    config.curvature.batch_size = 8  # the number of windows on which curvature is measured
 
-    approximation = config.approximation = ml_collections.ConfigDict()
-    approximation.presets = ("gemma2_2b", "gemma2_9b", "gemma2_27b")
-    approximation.tokens = 16
-    approximation.learning_rate = 8e-3
+    config.approximation = ml_collections.ConfigDict()
+    config.approximation.presets = ("gemma2_2b", "gemma2_9b", "gemma2_27b")  # the sizes of the layers
+    config.approximation.tokens = 16  # how many tokens a layer gets
+    config.approximation.learning_rate = 8e-3  # the peak, of the model that is evaluated with the other form
 
     if size == "smoke":
         shrink(config)

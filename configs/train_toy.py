@@ -1,6 +1,6 @@
 """The default of scripts/train_toy.py: a byte-level decoder that is small enough for the CPU of a laptop.
 
-Set any field on the command line, for example --config.steps=3000.
+Set any field on the command line, for example --config.steps=3000. `--help` shows the comment beside each field.
 """
 
 import ml_collections
@@ -16,26 +16,26 @@ def get_config() -> ml_collections.ConfigDict:
     config.heldout_fraction = 0.1  # the share of the text, at its end, that is not trained on
     config.heldout_max_bytes = 100_000  # at most so many bytes are held out
 
-    config.embed_dim = 128
-    config.hidden_dim = 512
-    config.num_layers = 4
-    config.num_heads = 4
-    config.activation = "gelu_tanh"
+    config.embed_dim = 128  # the width of the residual stream, a multiple of 2 * num_heads
+    config.hidden_dim = 512  # the width of one branch of the feed-forward
+    config.num_layers = 4  # the number of layers, each with attention and a feed-forward block
+    config.num_heads = 4  # the number of attention heads in a layer
+    config.activation = "gelu_tanh"  # of the gate; or gelu, silu, relu, sigmoid, identity
     config.dtype = "float32"  # the compute dtype; CPUs are fastest in float32
     config.save = "gate_up"  # what is saved for the backward pass; gate_up takes more memory and less time than input
 
     config.mesh = ""  # empty means one device; "data=1,fsdp=2,tensor=2" means four; a run may continue on another mesh
 
-    config.seq_len = 128
-    config.batch_size = 8
-    config.steps = 1000
+    config.seq_len = 128  # the length in bytes of what the model sees at once
+    config.batch_size = 8  # the number of sequences in a step
+    config.steps = 1000  # the number of training steps
     config.learning_rate = 4e-3  # the peak; it follows a linear warm-up and precedes a cosine decay to zero
     config.warmup_fraction = 0.1  # the share of the steps that are the warm-up
-    config.weight_decay = 0.1
+    config.weight_decay = 0.1  # AdamW's, of the matrices
 
-    config.log_every = 10  # in steps, like the next two
-    config.eval_every = 250
-    config.checkpoint_every = 250
+    config.log_every = 10  # so many steps are logged at a time
+    config.eval_every = 250  # the held-out text is scored after so many steps
+    config.checkpoint_every = 250  # a checkpoint is written after so many steps
     config.sample_bytes = 400  # the length of the text that the trained model writes
     config.prompt = ""  # the text that the sample continues; empty means the end of the training text
     config.check_values = False  # whether to check in every step that all values are finite, which is slower

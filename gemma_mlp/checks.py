@@ -4,6 +4,7 @@ Static facts (config values, ranks, axis sizes, dtypes) are checked while JAX tr
 runs. Values (are all numbers finite?) are checked only inside :func:`check_values`.
 """
 
+import difflib
 import functools
 import operator
 from collections.abc import Callable
@@ -40,7 +41,13 @@ def positive_int(name: str, value: Any) -> int:
 def require_choice(name: str, value: Any, choices: Any) -> None:
     """Raises ValueError unless `value` is one of the names in `choices`."""
     known = isinstance(value, str) and value in choices
-    require(known, f"{name} must be one of {', '.join(choices)}.", repr(value), "use one of these names.")
+    require(known, f"{name} must be one of {', '.join(choices)}.", repr(value), likely_fix(value, choices))
+
+
+def likely_fix(value: Any, choices: Any) -> str:
+    """The fix of a wrong name: the one of `choices` that is spelled like it, if there is one."""
+    close = difflib.get_close_matches(str(value), choices, 1)
+    return f"use {close[0]!r}, or another of these names." if close else "use one of these names."
 
 
 @contextmanager

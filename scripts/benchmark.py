@@ -24,7 +24,7 @@ import cli
 import jax
 from benchmark import accuracy, calls, figure, low_bit, memory, timing
 from tqdm import tqdm
-from workdir import write_atomically
+from workdir import make_workdir, write_atomically
 
 from gemma_mlp import PRESETS
 
@@ -34,19 +34,29 @@ CONFIG = cli.config("benchmark", "It says what to measure.", size="2b")
 def main():
     config = CONFIG.value
     cli.require_names("sections", config.sections, SECTIONS)
+    cli.require_names("preset", [config.preset], PRESETS)
+    cli.require_names("dtypes", config.dtypes, ("bfloat16", "float32"))
+    cli.require_positive(config.to_dict())
     workdir = Path(config.workdir)
-    workdir.mkdir(parents=True, exist_ok=True)
+    make_workdir(workdir)
     report = {
         "preset": config.preset,
         "device": jax.devices()[0].device_kind,
         "versions": f"JAX {jax.__version__}, Python {platform.python_version()}",
     }
     print(f"{config.preset}: {report['device']}, {report['versions']}")
-    for name in config.sections:
-        for _ in SECTIONS[name](config, report):  # each step has added something
-            write_atomically(workdir / "benchmark.json", json.dumps(report, indent=2))
+    with cli.interruptible(lambda: saved(workdir, [name for name in SECTIONS if name in report])):
+        for name in config.sections:
+            for _ in SECTIONS[name](config, report):  # each step has added something
+                write_atomically(workdir / "benchmark.json", json.dumps(report, indent=2))
     drawn = figure.draw(workdir / "benchmark.png", report)
     print(f"\nWritten to {workdir}: benchmark.json{', benchmark.png' if drawn else ''}")
+
+
+def saved(workdir, begun):
+    """What an interrupted benchmark has saved, for people. The last section may lack rows."""
+    done = f"{workdir}/benchmark.json holds rows of {', '.join(begun)}." if begun else "No row is finished."
+    return f"{done} The same command starts over; --config.sections measures some sections alone."
 
 
 def time(config, report):

@@ -24,11 +24,14 @@ from compare_activations import approximation, curvature, expressiveness, figure
 from compare_activations.contestants import CONTESTANTS
 from compare_activations.ledger import Ledger
 from tqdm import tqdm
-from workdir import claim_workdir, write_atomically
+from workdir import claim_workdir, read_json_lines, write_atomically
+
+from gemma_mlp import PRESETS
 
 CONFIG = cli.config("compare_activations", "It says what to compare and at what sizes.")
 # Each section has a NAME, count(config) of its runs, measure(config, ledger), table(runs) and draw(axes, runs).
 SECTIONS = {section.NAME: section for section in (heldout, gradient_flow, expressiveness, curvature, approximation)}
+SEEDS = ("seeds", "tuning_seeds", "gradient_flow.seeds", "curvature.seeds")  # may be 0
 
 
 def main():
@@ -36,9 +39,18 @@ def main():
     cli.require_names("sections", config.sections, SECTIONS)
     cli.require_names("contestants", config.contestants, CONTESTANTS)
     cli.require_names("factorial", config.factorial, CONTESTANTS)
+    cli.require_names("approximation.presets", config.approximation.presets, PRESETS)
+    cli.require_positive(config.to_dict(), but=SEEDS)
     workdir = Path(config.workdir)
+    with cli.interruptible(lambda: saved(workdir)):
+        study(config, workdir)
+
+
+def study(config, workdir):
     identity = {name: value for name, value in config.to_dict().items() if name not in ("workdir", "sections")}
-    claim_workdir(workdir, identity | {"corpus_sha256": heldout.load(config).sha256})
+    corpus = heldout.load(config)
+    print(f"Text: {corpus.about}.")
+    claim_workdir(workdir, identity | {"corpus_sha256": corpus.sha256})
     sections = [SECTIONS[name] for name in config.sections]
     with tqdm(total=sum(section.count(config) for section in sections), unit="run") as bar:
         ledger = Ledger(workdir / "runs.jsonl", bar)
@@ -51,6 +63,12 @@ def main():
         figure.draw(workdir / f"{section.NAME}.png", [section.draw], ledger.runs)
     figure.draw(workdir / "comparison.png", [section.draw for section in sections], ledger.runs)
     print(f"\nWritten to {workdir}: runs.jsonl, tables.json, comparison.png and a figure for each section.")
+
+
+def saved(workdir):
+    """What an interrupted study has saved, for people."""
+    finished = len(read_json_lines(workdir / "runs.jsonl"))
+    return f"{workdir} holds {finished} finished runs. The same command continues after them."
 
 
 def text(rows):

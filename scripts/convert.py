@@ -72,9 +72,17 @@ DRY_RUN = flags.DEFINE_boolean("dry_run", False, "Check names, shapes and dtypes
 
 def main():
     try:
-        convert(SOURCE.value, TARGET.value)
+        with cli.interruptible(lambda: saved(TARGET.value)):
+            convert(SOURCE.value, TARGET.value)
     except ValueError as error:
         raise SystemExit(str(error)) from error
+
+
+def saved(target: str) -> str:
+    """What an interrupted conversion has saved, for people."""
+    if not Path(target).expanduser().exists():
+        return f"{target} is not written. The same command starts over."
+    return f"{target} is whole, as it was or as the conversion makes it, but it is not compared with the source."
 
 
 def convert(source: str, target: str) -> None:
@@ -221,6 +229,8 @@ def make_layout(name: str, config: MLPConfig, transpose: bool | None) -> layouts
 def read_shapes(path: str, config: MLPConfig, layout: layouts.Layout | None) -> list[MLPBlockParams]:
     if is_huggingface(path):
         return checkpoint.huggingface_shapes(path, part=PART.value, dtype=DTYPE.value)
+    exists = "://" in path or Path(path).expanduser().exists()
+    checks.require(exists, f"{path} must be an Orbax checkpoint.", "no such folder", "check the path.")
     return checkpoint.orbax_shapes(path, config, layout=layout, dtype=DTYPE.value)
 
 

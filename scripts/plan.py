@@ -28,6 +28,7 @@ from plan.attempts import attempt
 from plan.search import all_meshes, cases, nothing_fits, ranked, search
 from plan.stack import LAYERS, PROGRAMS, SAVES, Case
 from tqdm import tqdm
+from workdir import make_workdir, write_atomically
 
 from gemma_mlp.checks import positive_int, require
 
@@ -44,18 +45,19 @@ def main():
     chip, count, target = chips.parse(config.target)
     ladders = ladders_of(config, count)
     workdir = Path(config.workdir)
-    workdir.mkdir(parents=True, exist_ok=True)
+    make_workdir(workdir)
     what = {"train": "a training step with AdamW", "forward": "the forward pass"}[config.program]
     print(f"{config.preset}, {LAYERS[config.preset]} layers of the MLP block, {what}; {config.target}, {count} chips")
     print(f"data x fsdp sequences of {config.tokens} tokens each; compiled by JAX {jax.__version__}")
     report = config.to_dict() | {"jax": jax.__version__, "rows": []}
 
     compile_case = functools.partial(attempt, chip=chip, target=target)
-    for row in tqdm(search(ladders, compile_case), total=sum(map(len, ladders)), leave=False):
-        report["rows"].append(row)
-        (workdir / "plan.json").write_text(json.dumps(report, indent=2))
-        if SEARCH.value:
-            tqdm.write(summary(row))
+    with cli.interruptible(lambda: saved(workdir, report["rows"])):
+        for row in tqdm(search(ladders, compile_case), total=sum(map(len, ladders)), leave=False):
+            report["rows"].append(row)
+            write_atomically(workdir / "plan.json", json.dumps(report, indent=2))
+            if SEARCH.value:
+                tqdm.write(summary(row))
 
     best = ranked(report["rows"])
     if not best:
@@ -69,9 +71,15 @@ def main():
     return 0
 
 
+def saved(workdir, rows):
+    """What an interrupted plan has saved, for people."""
+    done = f"{workdir}/plan.json holds {len(rows)} finished cases." if rows else "No case is finished."
+    return f"{done} The same command starts over."
+
+
 def ladders_of(config, count):
     """The lists of cases that :func:`search` takes. Without --search there is only one case."""
-    chosen = [parse(mesh) for mesh in (config.meshes if SEARCH.value else (config.mesh,))]
+    chosen = [parse(str(mesh)) for mesh in (config.meshes if SEARCH.value else (config.mesh,))]
     for data, fsdp, tensor in chosen:
         rule = f"A mesh of {config.target} must have {count} devices."
         require(data * fsdp * tensor == count, rule, f"{data} x {fsdp} x {tensor}", "change the mesh or the target.")

@@ -20,12 +20,12 @@ To fine-tune a finished run on another text, train LoRA adapters on top of it. I
 
     python scripts/train_toy.py --config.lora_rank=8 --config.base=runs/mine --config.data=FILE --config.workdir=runs/2
 
-configs/train_toy.py lists all settings. scripts/train_toy/README.md says more and has results.
+--help lists all settings, which are in configs/train_toy.py. scripts/train_toy/README.md says more and has results.
 """
 
 import cli
 from absl import flags
-from train_toy import processes
+from train_toy import checkpoints, processes
 from train_toy.run import train
 from train_toy.run_config import RunConfig
 
@@ -41,9 +41,20 @@ def main():
     if DISTRIBUTED.value or any(value is not None for value in who):
         processes.join(*who)
     config = RunConfig(**CONFIG.value)
-    summary = train(config)
+    with cli.interruptible(lambda: saved(config)):
+        summary = train(config)
     if processes.is_first():
         report(summary, config.workdir)
+
+
+def saved(config):
+    """What an interrupted run has saved, for people."""
+    step = checkpoints.latest_step(config.workdir)
+    if step is None:
+        return f"{config.workdir} has no checkpoint yet, so the same command starts over."
+    return (
+        f"{config.workdir} holds the checkpoint of step {step} of {config.steps}. The same command continues from it."
+    )
 
 
 def report(summary, workdir):

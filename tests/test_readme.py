@@ -20,7 +20,7 @@ def cases():
 
 
 @pytest.mark.promotes
-@pytest.mark.parametrize("path", cases(), ids=str)
+@pytest.mark.parametrize("path", list(cases()), ids=str)
 def test_python_blocks_run(path):
     session = {}
     for block in blocks(path):

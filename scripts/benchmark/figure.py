@@ -40,7 +40,7 @@ def draw(path: Path, report: dict) -> bool:
                 places, [row.get(name) or 0 for name in columns], 1 / (len(memory) + 1), label=label, align="edge"
             )
         panel.set_xticks([place + 0.4 for place in range(len(columns))], columns, rotation=20)
-        panel.set(title="gradient of a scanned stack", ylabel="temporary memory, MiB")
+        panel.set(title="gradient of a scanned stack", xlabel="compiler", ylabel="temporary memory, MiB")
         panel.legend()
     figure.savefig(path, dpi=110)
     return True

@@ -1,6 +1,7 @@
 """The text: a corpus whose end is held out, training batches in a seeded order, and evaluation windows."""
 
 import hashlib
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from pydoc_data import topics
@@ -10,41 +11,50 @@ import numpy as np
 
 from gemma_mlp.checks import require
 
+VERSION_CONTROL = ("CVS", "_darcs")  # such folders that are not hidden, as .git and .hg are
+
 
 @dataclass(frozen=True)
 class Corpus:
-    """A text as uint8 arrays: `train` is learned from, and `heldout`, which follows it, is only scored."""
+    """A text as uint8 arrays: `train` is learned from, and `heldout`, which follows it, is only scored.
+
+    `about` says for people what was read, and what was left out.
+    """
 
     train: np.ndarray
     heldout: np.ndarray
+    about: str = ""
 
     @property
     def sha256(self) -> str:
         return hashlib.sha256(self.train.tobytes() + self.heldout.tobytes()).hexdigest()
 
 
-def load_corpus(source: str, heldout_fraction: float, heldout_max_bytes: int) -> Corpus:
+def load_corpus(source: str, heldout_fraction: float, heldout_max_bytes: int, workdir: Path | None = None) -> Corpus:
     """Reads `source` and holds out its end.
 
     Args:
-      source: a file, or a folder whose files are read in the order of their names. If it is empty, the text is
+      source: a file, or a folder whose text files are read in the order of their names. If it is empty, the text is
         Python's own documentation of the language.
       heldout_fraction: the share of the bytes to hold out.
       heldout_max_bytes: the largest number of bytes to hold out.
+      workdir: the folder of the run. What it holds is not part of the text that is read from a folder.
 
     Raises:
       FileNotFoundError: if there is no such file or folder.
-      ValueError: if the training text or the held-out text would be empty.
+      ValueError: if the training text or the held-out text would be empty, or the text is to be read from `workdir`.
     """
-    text = np.frombuffer(_read(Path(source)) if source else python_documentation(), np.uint8)
+    content, about = _read(Path(source), workdir) if source else (python_documentation(), "Python's documentation")
+    about = f"{about}, {len(content):,} bytes"
+    text = np.frombuffer(content, np.uint8)
     heldout = min(int(len(text) * heldout_fraction), heldout_max_bytes)
     require(
         0 < heldout < len(text),
         "Training and held-out text must both have at least one byte.",
-        f"{len(text)} bytes in {source!r}, of which {heldout} are to be held out",
+        f"{about}, of which {heldout} are to be held out",
         "give a longer text or another heldout_fraction.",
     )
-    return Corpus(train=text[:-heldout], heldout=text[-heldout:])
+    return Corpus(train=text[:-heldout], heldout=text[-heldout:], about=about)
 
 
 def python_documentation() -> bytes:
@@ -56,13 +66,36 @@ def python_documentation() -> bytes:
     return "\n\n".join(dict.fromkeys(part.strip("\n") for part in paragraphs)).encode()
 
 
-def _read(path: Path) -> bytes:
+def _read(path: Path, workdir: Path | None) -> tuple[bytes, str]:
+    """The text in a file or a folder, and what was read in words."""
     if path.is_file():
-        return path.read_bytes()
-    if path.is_dir():
-        files = sorted(file for file in path.rglob("*") if file.is_file() and not file.name.startswith("."))
-        return b"\n\n".join(file.read_bytes() for file in files)
-    raise FileNotFoundError(f"config.data must be a file or a folder. Got: {str(path)!r}. Fix: check the path.")
+        return path.read_bytes(), str(path)
+    if not path.is_dir():
+        raise FileNotFoundError(f"config.data must be a file or a folder. Got: {str(path)!r}. Fix: check the path.")
+    own = workdir and workdir.resolve()
+    require(
+        path.resolve() != own,
+        "config.workdir must not be config.data, since the run writes into it.",
+        repr(str(path)),
+        "choose another folder with --config.workdir, which may lie in config.data.",
+    )
+    texts = [file.read_bytes() for file in _visible_files(path, own)]
+    chosen = [text for text in texts if b"\0" not in text]
+    about = f"{len(chosen):,} files of {path} (left out: {len(texts) - len(chosen):,} binary files, hidden files, "
+    return b"\n\n".join(chosen), about + "folders of version control and the workdir)"
+
+
+def _visible_files(folder: Path, leave_out: Path | None) -> list[Path]:
+    """The files in `folder` and its folders, without what is in `leave_out`, hidden, or of version control."""
+
+    def visible(name):
+        return not name.startswith(".") and name not in VERSION_CONTROL
+
+    found = []
+    for parent, folders, files in os.walk(folder):
+        folders[:] = [name for name in folders if visible(name) and Path(parent, name).resolve() != leave_out]
+        found += [Path(parent, name) for name in files if visible(name)]
+    return sorted(file for file in found if file.is_file())
 
 
 def training_windows(train: np.ndarray, seq_len: int, seed: int) -> grain.MapDataset:

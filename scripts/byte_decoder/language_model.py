@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 
 import gemma_mlp
 from byte_decoder import linen_model, nnx_model
-from gemma_mlp.checks import require
+from gemma_mlp.checks import require_choice
 from gemma_mlp.sharding import Rules, named_shardings
 
 Params = dict[str, Any]
@@ -31,7 +31,7 @@ class LanguageModel(NamedTuple):
 
 def make(api: str, config: gemma_mlp.MLPConfig, num_layers: int, num_heads: int) -> LanguageModel:
     """The decoder in NNX or in Linen. Each can compute with the parameters of the other."""
-    require(api in ("nnx", "linen"), "config.api must be nnx or linen.", repr(api), "use one of these names.")
+    require_choice("config.api", api, ("nnx", "linen"))
     return (_nnx if api == "nnx" else _linen)(config, num_layers, num_heads)
 
 

@@ -125,5 +125,6 @@ def draw(axes, _) -> None:
         x, difference = differences(dtype)
         shown = slice(None) if dtype == "bfloat16" else slice(None, None, 500)
         axes.plot(x[shown], np.abs(difference)[shown], style, label=dtype, markersize=2)
-    axes.set(title="|GELU (tanh) - GELU (erf)|", xlabel="x", xlim=(-6, 6), yscale="log", ylim=(1e-7, 3e-2))
+    axes.set(title="|GELU (tanh) - GELU (erf)|", xlabel="x, without a unit", xlim=(-6, 6))
+    axes.set(ylabel="difference, in the unit of x", yscale="log", ylim=(1e-7, 3e-2))
     axes.legend()

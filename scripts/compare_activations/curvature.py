@@ -125,5 +125,6 @@ def draw(axes, runs) -> None:
                 linestyle=style,
                 label=CONTESTANTS[name].label if style == "-" else None,
             )
-    axes.set(title="Largest Hessian eigenvalue", xlabel="step (dotted: change of the gradient / step)", yscale="log")
+    axes.set(title="Largest Hessian eigenvalue", xlabel="training step (dotted: change of the gradient / its length)")
+    axes.set(ylabel="nats / (unit of the parameters)²", yscale="log")
     axes.legend()

@@ -102,5 +102,6 @@ def draw(axes, runs) -> None:
         means, halves = [row["mean"] for row in ours], [row["half"] for row in ours]
         axes.bar(places, means, 1 / (len(names) + 1), yerr=halves, label=CONTESTANTS[name].label, hatch=hatch)
     axes.set_xticks(range(len(FUNCTIONS)), FUNCTIONS)
-    axes.set(title="One feed-forward's fit", ylabel="log10 of variance unexplained")
+    axes.set(title="One feed-forward's fit", xlabel="function that is fitted")
+    axes.set(ylabel="log10 of the fraction of variance unexplained")
     axes.legend(fontsize="x-small", ncols=2)

@@ -183,5 +183,5 @@ def draw(axes, runs) -> None:
             label=CONTESTANTS[run["contestant"]].label if block else None,
         )
     axes.set(title=f"Gradient at the start, {deepest} layers", xlabel="layer (dotted: no norms, no residual)")
-    axes.set(ylabel="relative to the last", yscale="log")
+    axes.set(ylabel="size of the gradient / that after the last layer", yscale="log")
     axes.legend()

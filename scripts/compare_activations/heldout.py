@@ -1,6 +1,7 @@
 """Measures held-out bits per byte of train_toy.py's model with each feed-forward, at a tuned learning rate."""
 
 import functools
+from pathlib import Path
 
 from byte_decoder import data, evaluation, language_model, nnx_model, training
 from flax import nnx
@@ -33,7 +34,7 @@ def measure(config, ledger: Ledger) -> None:
 
 
 def load(config) -> data.Corpus:
-    return data.load_corpus(config.data, config.heldout_fraction, config.heldout_max_bytes)
+    return data.load_corpus(config.data, config.heldout_fraction, config.heldout_max_bytes, Path(config.workdir))
 
 
 def decoder(config, name: str) -> language_model.LanguageModel:
@@ -85,5 +86,5 @@ def draw(axes, runs) -> None:
         )
     axes.set_yticks(range(len(rows)), labels)
     axes.invert_yaxis()
-    axes.set(title="Held-out text", xlabel="bits per byte, 95 % intervals")
+    axes.set(title="Held-out text", xlabel="loss in bits per byte, 95 % intervals", ylabel="feed-forward")
     axes.legend()

@@ -19,6 +19,11 @@ def open_manager(workdir: Path) -> ocp.CheckpointManager:
     return ocp.CheckpointManager(workdir / "checkpoints", options=options)
 
 
+def latest_step(workdir: str) -> int | None:
+    """The step of the last checkpoint in the folder of a run, which need not exist."""
+    return max((int(path.name) for path in Path(workdir, "checkpoints").glob("*") if path.name.isdigit()), default=None)
+
+
 def save(manager: ocp.CheckpointManager, step: int, state: TrainState) -> None:
     manager.save(step, args=ocp.args.StandardSave(state._asdict()))
 

@@ -37,7 +37,9 @@ def train(config: RunConfig) -> dict[str, Any]:
     """
     started = time.monotonic()
     workdir = Path(config.workdir).resolve()
-    corpus = data.load_corpus(config.data, config.heldout_fraction, config.heldout_max_bytes)
+    corpus = data.load_corpus(config.data, config.heldout_fraction, config.heldout_max_bytes, workdir)
+    if processes.is_first():
+        print(f"Text: {corpus.about}.")
     placement = Placement(make_mesh(config.mesh))
     sizes = (dataclasses.replace(config.mlp, axis_rules=placement.rules), config.num_layers, config.num_heads)
     model = language_model.make(config.api, *sizes)
@@ -101,8 +103,6 @@ def train(config: RunConfig) -> dict[str, Any]:
                     if log:
                         log.write(step, heldout_bits_per_byte=heldout)
                 if saving:
-                    if log:
-                        log.flush()
                     checkpoints.save(manager, step, state)
                 bar.set_postfix(shown, refresh=False)
                 bar.update(config.batch_size * config.seq_len)

@@ -1,6 +1,7 @@
 """The configuration of a run, with types and rules for the values in configs/train_toy.py."""
 
 import dataclasses
+import math
 from pathlib import Path
 
 from gemma_mlp import LoRA, MLPConfig
@@ -15,8 +16,8 @@ class RunConfig:
     """One training run. The comments in configs/train_toy.py say what each field means.
 
     Raises:
-      ValueError: if a size or an interval is below 1, a share is outside of [0, 1), or the heads do not divide the
-        width, or the fields of a fine-tuning do not fit together.
+      ValueError: if a size or an interval is below 1, a share is outside of [0, 1), a number is one that cannot be
+        trained with, or the heads do not divide the width, or the fields of a fine-tuning do not fit together.
     """
 
     api: str
@@ -58,6 +59,9 @@ class RunConfig:
                 self._require(field.name, getattr(self, field.name) >= least, f"at least {least}")
         for name in ("heldout_fraction", "warmup_fraction"):
             self._require(name, 0 <= getattr(self, name) < 1, "in [0, 1)")
+        self._require("learning_rate", 0 < self.learning_rate < math.inf, "a number above 0")
+        self._require("weight_decay", 0 <= self.weight_decay < math.inf, "a number of at least 0")
+        self._require("seed", 0 <= self.seed < 2**32, "from 0 to 2**32 - 1")
         self._require("embed_dim", self.embed_dim % (2 * self.num_heads) == 0, "a multiple of 2 * num_heads")
         given = [name for name in ADAPTERS if getattr(self, name)]
         require(

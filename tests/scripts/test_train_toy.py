@@ -1,6 +1,7 @@
 """train_toy.py: it learns, it continues exactly, and it refuses to mix runs."""
 
 import json
+import re
 import subprocess
 
 import jax
@@ -8,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from byte_decoder import data, language_model
-from train_toy import run, yardsticks
+from compare_activations import heldout
+from train_toy import records, run, yardsticks
 from train_toy.run import train
 
 from tests.scripts.toy import (
@@ -21,7 +23,9 @@ from tests.scripts.toy import (
     interrupt_at,
     kill_after_step,
     metrics,
+    tensorboard_scalars,
 )
+from tests.support.configs import get_config
 
 pytestmark = pytest.mark.promotes
 
@@ -52,7 +56,7 @@ def test_both_shells_have_one_tree_and_give_the_same_logits():
     shapes = jax.eval_shape(models["linen"].init, jax.random.key(0))
     assert jax.tree.map(lambda leaf: leaf.shape, params) == jax.tree.map(lambda leaf: leaf.shape, shapes)
     np.testing.assert_array_equal(models["nnx"].logits(params, tokens), models["linen"].logits(params, tokens))
-    with pytest.raises(ValueError, match=r"config.api must be nnx or linen\. .*'haiku'"):
+    with pytest.raises(ValueError, match=r"config.api must be one of nnx, linen\. .*'haiku'"):
         language_model.make("haiku", *sizes)
 
 
@@ -85,6 +89,8 @@ def test_killed_and_continued_gives_exactly_the_numbers_of_an_uninterrupted_run(
     subprocess.run([*command, f"--config.workdir={whole}"], check=True, capture_output=True)
     kill_after_step(20, command, cut)
     assert not (cut / "summary.json").exists()
+    found = {(step, name) for step, name, _ in records.points(metrics(cut))}
+    assert found and found <= tensorboard_scalars(cut).keys()
 
     continued = subprocess.run([*command, f"--config.workdir={cut}"], check=True, capture_output=True, text=True)
     assert "Continuing from the checkpoint of step" in continued.stdout
@@ -133,6 +139,58 @@ def test_a_loss_that_is_not_finite_ends_the_run_without_a_checkpoint_and_the_way
 
 
 @pytest.mark.slow
+def test_a_run_inside_of_its_data_folder_continues(text, tmp_path, monkeypatch, capsys):
+    (tmp_path / "a.txt").write_bytes(text.read_bytes())
+    monkeypatch.chdir(tmp_path)
+    settings = config("runs/mine", ".", steps=12)
+    interrupt_at(11, settings, monkeypatch)
+    assert train(settings)["continued_from_step"] == 10
+    assert capsys.readouterr().out.count("Text: 1 files of . (left out: 0 binary files, hidden files, ") == 2
+
+
+class TestMetricsLog:
+    """TensorBoard's events hold at every moment what metrics.jsonl holds."""
+
+    def check(self, workdir, steps):
+        expected = {
+            (record["step"], name): np.float32(value)
+            for record in metrics(workdir)
+            for name, value in record.items()
+            if name != "step"
+        }
+        assert [record["step"] for record in metrics(workdir)] == steps
+        assert tensorboard_scalars(workdir) == expected
+
+    def test_each_record_is_in_both_files_at_once(self, tmp_path):
+        with records.MetricsLog(tmp_path, 0) as log:
+            for step in range(1, 40):
+                log.write(step, train=1 / step)
+                self.check(tmp_path, list(range(1, step + 1)))  # so it would be after kill -9 too
+            log.write(39, heldout=0.5)
+            self.check(tmp_path, [*range(1, 40), 39])
+
+    @pytest.mark.parametrize("damage", ["none", "cut", "lost"])
+    def test_a_run_that_continues_repairs_its_events(self, damage, tmp_path):
+        with records.MetricsLog(tmp_path, 0) as log:
+            for step in range(1, 9):
+                log.write(step, train=1 / step, heldout=float(step))
+        (file,) = tmp_path.glob("events.*")
+        whole = file.read_bytes()
+        if damage == "cut":
+            file.write_bytes(whole[: len(whole) // 2 + 5])  # in the middle of an event
+        elif damage == "lost":
+            file.unlink()
+        with records.MetricsLog(tmp_path, 6) as log:  # within the same second as the first
+            self.check(tmp_path, list(range(1, 7)))
+            log.write(7, train=7.0)
+        self.check(tmp_path, list(range(1, 8)))
+        first, *others = sorted(tmp_path.glob("events.*"))
+        assert (len(others) == 1) == (damage != "lost")
+        if damage == "none":
+            assert first.read_bytes() == whole and others[0].stat().st_size < len(whole) / 2  # nothing twice
+
+
+@pytest.mark.slow
 def test_value_checks_change_nothing_but_cost(text, finished, tmp_path):
     checked = train(config(tmp_path, text, check_values=True))
     assert checked["heldout_bits_per_byte"] == pytest.approx(finished[1]["heldout_bits_per_byte"], rel=1e-5)
@@ -167,6 +225,45 @@ class TestData:
         corpus = data.load_corpus(str(tmp_path), 0.25, 1000)
         assert corpus.train.tobytes() + corpus.heldout.tobytes() == b"first\n\nsecond\n\nthird"
         assert len(corpus.heldout) == 5
+
+    @pytest.mark.parametrize("script", ["train_toy", "compare_activations"])
+    def test_of_a_folder_text_is_taken_and_the_run_itself_is_left_out(self, script, tmp_path):
+        for name, content in {
+            "a.txt": b"caf\xe9 in Latin-1",  # a text need not be UTF-8
+            "b.png": b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR",
+            ".git/config": b"version control",
+            "sub/CVS/Entries": b"version control",
+            ".cache/notes.txt": b"hidden",
+            "sub/.env": b"hidden",
+            "runs/other/b.txt": b"another folder's",
+        }.items():
+            (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / name).write_bytes(content)
+        workdir = tmp_path / "runs" / "mine"
+
+        def load():
+            if script == "train_toy":
+                return data.load_corpus(str(tmp_path), 0.25, 1000, workdir)
+            config = get_config(script)
+            config.update(data=str(tmp_path), workdir=str(workdir))
+            return heldout.load(config)
+
+        corpus = load()
+        assert corpus.train.tobytes() + corpus.heldout.tobytes() == b"caf\xe9 in Latin-1\n\nanother folder's"
+        assert re.fullmatch(rf"2 files of {tmp_path} \(left out: 1 binary files, .*\), 33 bytes", corpus.about)
+        workdir.mkdir()
+        (workdir / "metrics.jsonl").write_text("{}")
+        assert load().sha256 == corpus.sha256
+        (tmp_path / "runs" / "metrics.jsonl").write_text("{}")
+        assert load().sha256 != corpus.sha256
+
+    def test_a_folder_that_the_run_writes_into_is_refused(self, tmp_path):
+        (tmp_path / "text").mkdir()
+        (tmp_path / "text" / "a.txt").write_bytes(b"some text")
+        with pytest.raises(ValueError, match=r"config.workdir must not be config.data"):
+            data.load_corpus(str(tmp_path), 0.25, 1000, tmp_path)
+        inside = data.load_corpus(str(tmp_path / "text"), 0.25, 1000, tmp_path)  # which the run does not write into
+        assert inside.about.startswith("1 files")
 
     def test_the_heldout_end_has_at_most_so_many_bytes(self, text):
         assert len(data.load_corpus(str(text), 0.5, 100).heldout) == 100

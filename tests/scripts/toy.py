@@ -110,15 +110,26 @@ def check_records(workdir, summary, steps, eval_every):
 
 
 def tensorboard_scalars(workdir):
-    """{(step, tag): value} from the event files, whose records are length, checksum, protocol buffer, checksum."""
+    """{(step, tag): value} from the event files, whose records are length, checksum, protocol buffer, checksum.
+
+    As in TensorBoard, a value hides earlier ones of its tag from the same step on, and so does a restart for all tags.
+    """
     scalars = {}
-    for path in Path(workdir).glob("events.out.tfevents.*"):
+    for path in sorted(Path(workdir).glob("events.out.tfevents.*")):
         content, offset = path.read_bytes(), 0
-        while offset < len(content):
+        while offset + 16 <= len(content):
             (length,) = struct.unpack_from("<Q", content, offset)
-            event = event_pb2.Event.FromString(content[offset + 12 : offset + 12 + length])
+            body = content[offset + 12 : offset + 12 + length]
+            if len(body) < length:  # an event that an interruption cut short
+                break
+            event = event_pb2.Event.FromString(body)
+            if event.session_log.status == event_pb2.SessionLog.START:
+                scalars = {key: value for key, value in scalars.items() if key[0] < event.step}
             for value in event.summary.value:
                 if value.HasField("simple_value"):
+                    hidden = [key for key in scalars if key[1] == value.tag and key[0] >= event.step]
+                    for key in hidden:
+                        del scalars[key]
                     scalars[event.step, value.tag] = np.float32(value.simple_value)
             offset += length + 16
     return scalars
