@@ -42,7 +42,7 @@ def case(use_bias=False):
 @vary(
     "mesh rules save chunk_size",
     itertools.product(MESHES, RULES, SAVES, (None, 4)),
-    together="mesh rules save chunk_size",
+    together="mesh rules",
 )
 def test_a_mesh_changes_no_number(mesh, rules, save, chunk_size):
     arrays, x, dy, exact = case()
@@ -60,7 +60,7 @@ def test_a_mesh_changes_no_number(mesh, rules, save, chunk_size):
     assert result[0].sharding.is_equivalent_to(stream, 3) and result[2].sharding.is_equivalent_to(stream, 3)
 
 
-@vary("shell mesh rules", itertools.product(("nnx", "linen"), MESHES, RULES), together="shell mesh rules")
+@vary("shell mesh rules", itertools.product(("nnx", "linen"), MESHES, RULES), together="shell rules")
 def test_a_mesh_changes_no_number_of_either_shells_block(shell, mesh, rules):
     (shape, axis_type), rules = mesh, RULES[rules]
     mesh = make_mesh(*shape, axis_type)
@@ -124,7 +124,7 @@ def on_one_device():
 @vary(
     "rules chunk_size axis_type",
     itertools.product(RULES, (None, 4), (AxisType.Auto, AxisType.Explicit)),
-    together="rules chunk_size axis_type",
+    together="rules axis_type",
 )
 def test_dropout_and_biases_are_those_of_one_device(rules, chunk_size, axis_type):
     (params, x, dy), alone = on_one_device()

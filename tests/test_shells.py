@@ -71,7 +71,7 @@ def assert_same(a, b):
         [None, "bfloat16"],
         [False, True],
     ),
-    together="kind options param_dtype dtype",
+    together="kind param_dtype dtype",
 )
 def test_same_tree_and_bit_equal_outputs_and_gradients(kind, options, param_dtype, dtype, jit):
     config = dataclasses.replace(CONFIG, dtype=dtype, param_dtype=param_dtype, **options)

@@ -364,7 +364,6 @@ class TestMeshes:
             for j, rules in enumerate(("RULES", "SEQUENCE_PARALLEL_RULES"))
             for k, save in enumerate(("input", "gate_up"))
         ],
-        together="kind rules",
     )
     def test_values_and_gradients_are_those_of_one_device(self, kind, rules, save, chunk_size, eight_devices):
         rules = getattr(sharding, rules)

@@ -38,9 +38,8 @@ SMALL_TILES = {"xla_tpu_control_large_2nd_minor_layout_for_x16": "false"}  # for
         (V5E, "gemma2_2b"),
         (V5P, "gemma2_9b"),
         (V6E, "gemma2_27b"),
-        *(slow(target, "gemma2_2b") for target in (V5P, V6E)),
-        *(slow(target, "gemma2_9b") for target in (V5E, V6E)),
-        *(slow(target, "gemma2_27b") for target in (V5E, V5P)),
+        slow(V6E, "gemma2_2b"),
+        slow(V5E, "gemma2_27b"),
     ],
 )
 def test_tpu_forward_needs_one_array(target, size):
@@ -60,8 +59,8 @@ def test_tpu_forward_in_chunks_needs_one_chunk(target):
     [
         (V5E, "gemma2_2b", "input"),
         (V5E, "gemma2_2b", "gate_up"),
-        *(slow(target, "gemma2_2b", "input") for target in (V5P, V6E)),
-        *(slow(V5E, "gemma2_27b", save) for save in ("input", "gate_up")),
+        slow(V6E, "gemma2_2b", "input"),
+        slow(V5E, "gemma2_27b", "input"),
     ],
 )
 def test_tpu_gradient_of_one_layer_needs_three_arrays(target, size, save):
@@ -116,9 +115,8 @@ def test_tpu_scanned_stack_of_27b_fits_a_v5e():
 
 @pytest.mark.slow
 def test_tpu_gradient_of_an_unrolled_stack_needs_less_than_plain():
-    """`input` takes two thirds of plain; `gate_up` takes as much as plain (1,481 MiB against 1,418)."""
-    plain = gradient_bytes(V5E, "unrolled", "plain", "gemma2_2b")
-    assert gradient_bytes(V5E, "unrolled", "input", "gemma2_2b") <= 0.66 * plain
+    """`input` takes two thirds of plain's 1,418 MiB; `gate_up` takes 1,481."""
+    assert gradient_bytes(V5E, "unrolled", "input", "gemma2_2b") <= 0.66 * 1418 * MIB
 
 
 @pytest.mark.parametrize(("save", "share"), [("gate_up", 0.42), ("input", 0.22)])
@@ -208,7 +206,6 @@ REMAT = {
         slow("gate_up", "none", 9, 2233),
         slow("gate_up", "all", 12, 757),
         slow("gate_up", "policy", 11, 793),
-        slow("autodiff", "none", 9, 9829),  # its other combinations are counted in tests/op/test_remat.py
     ],
 )
 def test_remat_around_scanned_blocks(save, remat, matmuls, mib):

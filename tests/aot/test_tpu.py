@@ -44,9 +44,8 @@ def kernels(size, save="input"):
         (V5E, "gemma2_2b"),
         (V5P, "gemma2_9b"),
         (V6E, "gemma2_27b"),
-        *(slow(target, "gemma2_2b") for target in (V5P, V6E)),
-        *(slow(target, "gemma2_9b") for target in (V5E, V6E)),
-        *(slow(target, "gemma2_27b") for target in (V5E, V5P)),
+        slow(V6E, "gemma2_2b"),
+        slow(V5E, "gemma2_27b"),
     ],
 )
 def test_forward_needs_no_memory(target, size):
@@ -103,9 +102,7 @@ def test_decoding_from_float32_weights_makes_no_copy_of_them(target, tokens):
         slow(V6E, "gemma2_2b", "input", 410, 612),
         slow(V5E, "gemma2_27b", "input", 1548, 2160),
         slow(V5E, "gemma2_2b", "gate_up", 1733, 1764),
-        slow(V5P, "gemma2_2b", "gate_up", 1697, 1764),
         (V6E, "gemma2_2b", "gate_up", 1698, 1764),
-        slow(V5E, "gemma2_9b", "gate_up", 2675, 2744),
         slow(V5E, "gemma2_27b", "gate_up", 6445, 6624),
     ],
 )

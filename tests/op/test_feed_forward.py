@@ -139,7 +139,7 @@ def test_float64_in_64_bit_mode():
 @vary(
     "save dtype remat",
     itertools.product((*SAVES, "autodiff"), ("float32", "bfloat16"), (False, True)),
-    together="save remat",
+    together="save",
 )
 def test_scan_over_layers_equals_a_loop(save, dtype, remat):
     """This also shows that no matmul fails on a CPU when its operands come out of a loop."""

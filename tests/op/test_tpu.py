@@ -91,7 +91,6 @@ def case(batch, embed_dim=EMBED_DIM, hidden_dim=HIDDEN_DIM):
 @vary(
     "batch save chip",
     itertools.product([(), (16,), (40,), (2, 65)], ["input", "gate_up"], [(V5E, 1), (V5P, 2)]),
-    together="save chip",
     indirect=["chip"],
 )
 def test_bfloat16_is_at_the_floor(batch, save, chip):

@@ -56,7 +56,6 @@ def assert_errors(result, exact, bounds):
 @vary(
     "kind activation save chunk_size",
     itertools.product(weights.KINDS, sorted(ACTIVATIONS), (*SAVES, "autodiff"), CHUNKS),
-    together="kind save",
 )
 def test_float32_equals_the_oracle(kind, activation, save, chunk_size):
     arrays, x, dy = case((2, 3), use_bias=activation == "silu")

@@ -90,6 +90,7 @@ def run_benchmark(workdir, *settings):
     return done.stdout, json.loads((workdir / "benchmark.json").read_text())
 
 
+@pytest.mark.slow
 def test_the_command_measures_time_and_accuracy(tmp_path):
     _, report = run_benchmark(tmp_path, "sections=('time','accuracy')", "dtypes=('float32',)")
     passes = [(tokens, which) for tokens in (1, 3) for which in ("forward", "gradient")]

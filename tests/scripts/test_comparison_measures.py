@@ -101,6 +101,7 @@ class TestCurvature:
         start = jnp.float32(rng.standard_normal(30))
         assert curvature.largest_eigenvalue(lambda v: matrix @ v, start, 12) == pytest.approx(7.0, rel=1e-3)
 
+    @pytest.mark.slow
     def test_both_measures_equal_those_by_the_dense_hessian(self):
         config = contestants.mlp_config("swiglu", 3, 4)
         init, apply = pure_functions(lambda key: gemma_mlp.nnx.MLP(config, rngs=nnx.Rngs(params=key)))

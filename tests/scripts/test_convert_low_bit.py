@@ -16,7 +16,7 @@ from absl.testing import flagsaver
 from gemma_mlp import LoRA, MLPConfig, add_lora, checkpoint, dequantize, layouts, merge_lora, quantize
 from tests.support import by_hand
 from tests.support.by_hand import equal
-from tests.support.vary import vary
+from tests.support.vary import slow
 
 pytestmark = pytest.mark.promotes  # Orbax relies on promotion
 D, F, LAYERS = 64, 96, 2
@@ -37,12 +37,13 @@ def model(tmp_path):
     return tmp_path / "model", params
 
 
-@vary(
-    "dtype group_size to",
+@pytest.mark.parametrize(
+    ("dtype", "group_size", "to"),
     [
-        (*kind, to)
-        for kind in (("int4", 32), ("int8", None), ("float8_e4m3fn", None))
-        for to in ("gemma_mlp", "gemma_mlp_stacked")
+        ("int8", None, "gemma_mlp_stacked"),
+        slow("int4", 32, "gemma_mlp"),
+        slow("int4", 32, "gemma_mlp_stacked"),
+        slow("float8_e4m3fn", None, "gemma_mlp"),
     ],
 )
 def test_quantises_and_dequantises(tmp_path, capsys, dtype, group_size, to):

@@ -192,6 +192,7 @@ def test_a_fine_tuning_continues_only_with_its_base_and_its_adapters(finished, t
         train(config(tuned[0], other, base=str(changed), **TUNING, **INT4))
 
 
+@pytest.mark.slow
 def test_a_run_without_adapters_is_known_by_the_fields_it_had_before_there_were_adapters(finished):
     """So folders of older versions can be continued, and can be bases."""
     identity = json.loads((finished[0] / "config.json").read_text())
