@@ -41,13 +41,9 @@ WAYS = [
     "one_device",
     "mesh",
     "stacked",
-    "stacked_one_device",
-    "deepmind",
     "deepmind_stacked",
     "one_chunk",
-    "one_chunk_stacked",
     "one_chunk_stacked_one_device",
-    "maxtext",
     "maxtext_stacked_one_device",
 ]
 

@@ -42,8 +42,12 @@ def run(params, x, dy, dtype, **options):
     def apply(leaves, x):
         return feed_forward(weights.put(params, leaves), x, **options)
 
-    y, pull_back = jax.vjp(jax.jit(apply), weights.trainable(params), x)
-    gradients, dx = pull_back(dy)
+    @jax.jit
+    def value_and_gradients(leaves, x, dy):
+        y, pull_back = jax.vjp(apply, leaves, x)
+        return y, *pull_back(dy)
+
+    y, gradients, dx = value_and_gradients(weights.trainable(params), x, dy)
     return gradients | {"y": y, "dx": dx}
 
 

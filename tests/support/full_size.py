@@ -94,22 +94,15 @@ WAYS = {  # name: (how, the largest tensor of the checkpoint in bytes)
         lambda path, config: checkpoint.read_huggingface(path / "hf", shardings=shardings(None), stacked=True),
         one,
     ),
-    "stacked_one_device": (lambda path, config: checkpoint.read_huggingface(path / "hf", stacked=True), one),
-    "deepmind": (lambda path, config: checkpoint.read_orbax(path / "deepmind", config, shardings=shardings()), pair),
     "deepmind_stacked": (
         lambda path, config: checkpoint.read_orbax(path / "deepmind", config, shardings=shardings(None), stacked=True),
         pair,
     ),
     "one_chunk": (lambda path, config: checkpoint.read_orbax(path / "one_chunk", config, shardings=shardings()), pair),
-    "one_chunk_stacked": (
-        lambda path, config: checkpoint.read_orbax(path / "one_chunk", config, shardings=shardings(None), stacked=True),
-        pair,
-    ),
     "one_chunk_stacked_one_device": (
         lambda path, config: checkpoint.read_orbax(path / "one_chunk", config, stacked=True),
         pair,
     ),
-    "maxtext": (lambda path, config: checkpoint.read_orbax(path / "maxtext", config, shardings=shardings()), pair),
     "maxtext_stacked_one_device": (
         lambda path, config: checkpoint.read_orbax(path / "maxtext", config, stacked=True),
         pair,
