@@ -148,7 +148,9 @@ def low_bits(config, report):
         times.append(measured)
         digits = {"ms": 3, "ratio": 2, "MiB": 1, "GB/s": 1}
         numbers = [f"{measured[name]:.{digits[name]}f}" if name in measured else "" for name in digits]
-        about = f"{measured['weights']}{' is left out: ' * ('left_out' in measured)}{measured.get('left_out', '')}"
+        about = measured["weights"]
+        if "left_out" in measured:
+            about = f"{about} is left out: {measured['left_out']}"
         tqdm.write(f"{row(measured['pass'], measured['tokens'], *numbers)}  {about}")
         yield
 
