@@ -21,12 +21,10 @@ from gemma_mlp.testing.oracle import relative_error
 from tests.support import samples
 from tests.support.cases import FLOAT32_BOUND, SAVES, block_errors, errors, exact_block_result, exact_result
 from tests.support.cases import block_case as make_block_case
-from tests.support.meshes import RULES, make_mesh, spread
+from tests.support.meshes import MESHES, RULES, make_mesh, spread
 from tests.support.vary import vary
 
 pytestmark = pytest.mark.usefixtures("eight_devices")
-SHAPES = ((8, 1), (4, 2), (2, 4), (1, 8))  # fsdp, tensor
-MESHES = (*((shape, AxisType.Auto) for shape in SHAPES), ((2, 4), AxisType.Explicit))
 EMBED_DIM, HIDDEN_DIM = 16, 2048  # each of eight shards of F is two slices of 128
 CONFIG = MLPConfig(EMBED_DIM, HIDDEN_DIM, dtype="float32")
 

@@ -31,7 +31,7 @@ from gemma_mlp.testing import oracle
 from gemma_mlp.testing.oracle import relative_error
 from tests.support import samples
 from tests.support.cases import FLOAT32_BOUND
-from tests.support.meshes import make_mesh
+from tests.support.meshes import MESHES, RULES, make_mesh
 from tests.support.vary import vary
 
 pytestmark = pytest.mark.usefixtures("quick_to_compile")
@@ -357,18 +357,20 @@ class TestMeshes:
             assert parts == leaves
 
     @vary(
-        "kind rules save chunk_size",
+        "kind mesh rules save chunk_size",
         [
-            (kind, rules, save, (None, 4)[(i + j + k) % 2])
+            (kind, mesh, rules, save, (None, 4)[(i + j + k) % 2])
             for i, kind in enumerate(KINDS)
-            for j, rules in enumerate(("RULES", "SEQUENCE_PARALLEL_RULES"))
+            for j, rules in enumerate(RULES)
             for k, save in enumerate(("input", "gate_up"))
+            for mesh in (MESHES[(i + j + 2 * k) % 4], MESHES[4])
         ],
+        together="mesh rules",
     )
-    def test_values_and_gradients_are_those_of_one_device(self, kind, rules, save, chunk_size, eight_devices):
-        rules = getattr(sharding, rules)
+    def test_values_and_gradients_are_those_of_one_device(self, kind, mesh, rules, save, chunk_size, eight_devices):
+        rules = RULES[rules]
         config = dataclasses.replace(CONFIG, hidden_dim=1024, save=save, **KINDS[kind])
-        params, x = make_params(config).mlp, inputs(4, 8)
+        params, x = make_params(config).mlp, inputs(8, 8)
 
         def adapters(params):
             return [(w.lora_a, w.lora_b) for w in vars(params).values() if isinstance(w, LoRAWeight)]
@@ -381,12 +383,13 @@ class TestMeshes:
                     for name, w in vars(params).items()
                     if isinstance(w, LoRAWeight)
                 }
-                return jnp.sin(mlp(dataclasses.replace(params, **weights), x, config)).sum()
+                return jnp.square(mlp(dataclasses.replace(params, **weights), x, config)).sum()
 
             return jax.value_and_grad(loss, argnums=(0, 1))(adapters(params), x)
 
         alone = jax.jit(call, static_argnums=2)(params, x, config)
-        mesh = make_mesh(2, 4)
+        shape, axis_type = mesh
+        mesh = make_mesh(*shape, axis_type)
         on_mesh = dataclasses.replace(config, axis_rules=rules, chunk_size=chunk_size)
         with jax.set_mesh(mesh):
             placed = jax.device_put(params, sharding.named_shardings(MLPParams.specs(config), mesh, rules))

@@ -5,6 +5,8 @@ from jax.sharding import AxisType
 
 from gemma_mlp import sharding
 
+SHAPES = ((8, 1), (4, 2), (2, 4), (1, 8))  # fsdp, tensor
+MESHES = (*((shape, AxisType.Auto) for shape in SHAPES), ((2, 4), AxisType.Explicit))
 RULES = {"tensor": sharding.RULES, "sequence": sharding.SEQUENCE_PARALLEL_RULES}
 
 
