@@ -4,7 +4,7 @@ import pytest
 
 from gemma_mlp import sharding
 from gemma_mlp.testing.stacks import MIB, one, plain
-from tests.support.pods import POD, SEQUENCE, WEIGHT_SHARD, compile_layer, gathered_bytes, gradient_of_sum
+from tests.support.pods import POD, SEQUENCE, WEIGHT_SHARD, compile_layer, gathered_bytes
 
 pytestmark = pytest.mark.needs_compilers
 
@@ -16,15 +16,8 @@ def test_forward_is_one_all_reduce_over_tensor_and_gathers_no_weight_over_it():
     assert max(gathered_bytes(program)) <= WEIGHT_SHARD
 
 
-@pytest.mark.parametrize(
-    ("chunk_size", "gradient", "bound"),
-    [
-        (None, one, 376),
-        pytest.param(None, gradient_of_sum, 360, marks=pytest.mark.slow),
-        pytest.param(4096, one, 360, marks=pytest.mark.slow),
-    ],
-)
-def test_sequence_parallel_gradient_gathers_only_shards_of_weights(chunk_size, gradient, bound):
+@pytest.mark.parametrize(("chunk_size", "bound"), [(None, 376), pytest.param(4096, 360, marks=pytest.mark.slow)])
+def test_sequence_parallel_gradient_gathers_only_shards_of_weights(chunk_size, bound):
     """374.5, 321.5 and 295.8 MiB measured. A dy from outside is in memory twice while it is gathered."""
     program = compile_layer(POD, 16, 16, sharding.SEQUENCE_PARALLEL_RULES, gradient, chunk_size=chunk_size)
     assert program.temp_bytes <= bound * MIB
@@ -39,10 +32,9 @@ def test_plain_jax_gathers_weights_over_tensor():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("fsdp", "tensor"), [(32, 16), (64, 8)])
-def test_sequence_parallel_gradient_on_512_chips_stays_within_its_bound(fsdp, tensor):
-    """373.5 and 481.9 MiB measured."""
-    program = compile_layer("tpu v5p:8x8x8", fsdp, tensor, sharding.SEQUENCE_PARALLEL_RULES, one)
+def test_sequence_parallel_gradient_on_512_chips_stays_within_its_bound():
+    """481.9 MiB measured; 373.5 with fsdp=32 and tensor=16."""
+    program = compile_layer("tpu v5p:8x8x8", 64, 8, sharding.SEQUENCE_PARALLEL_RULES, one)
     assert program.temp_bytes <= 520 * MIB
 
 
