@@ -205,7 +205,6 @@ REMAT = {
         slow("input", "all", 14, 649),
         slow("gate_up", "none", 9, 2233),
         slow("gate_up", "all", 12, 757),
-        slow("gate_up", "policy", 11, 793),
     ],
 )
 def test_remat_around_scanned_blocks(save, remat, matmuls, mib):

@@ -59,7 +59,10 @@ def assert_errors(result, exact, bounds):
 
 @vary(
     "kind activation save chunk_size",
-    itertools.product(weights.KINDS, sorted(ACTIVATIONS), (*SAVES, "autodiff"), CHUNKS),
+    [
+        *itertools.product(weights.KINDS, sorted(ACTIVATIONS), (*SAVES, "autodiff"), CHUNKS[:1]),
+        *itertools.product(weights.KINDS, ("gelu_tanh",), (*SAVES, "autodiff"), CHUNKS[1:]),  # a chunk is a call
+    ],
 )
 def test_float32_equals_the_oracle(kind, activation, save, chunk_size):
     arrays, x, dy = case((2, 3), use_bias=activation == "silu")

@@ -27,7 +27,7 @@ from tests.scripts.toy import (
     metrics,
 )
 
-pytestmark = pytest.mark.promotes
+pytestmark = [pytest.mark.promotes, pytest.mark.usefixtures("compiled_once")]
 
 TUNING = {"lora_rank": 2, "lora_alpha": 4.0, "learning_rate": 3e-2, "steps": 20, "eval_every": 10}
 INT4 = {"base_dtype": "int4", "base_group_size": 8}

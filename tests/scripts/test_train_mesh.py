@@ -16,7 +16,7 @@ from train_toy.run import train
 
 from tests.scripts.toy import COMMAND, ROUNDING, SMALL, check_curve, config, curve, flags
 
-pytestmark = [pytest.mark.promotes, pytest.mark.usefixtures("eight_devices")]
+pytestmark = [pytest.mark.promotes, pytest.mark.usefixtures("compiled_once", "eight_devices")]
 
 
 def start(count, devices, mesh, workdir, text):

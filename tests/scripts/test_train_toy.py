@@ -27,7 +27,7 @@ from tests.scripts.toy import (
 )
 from tests.support.configs import get_config
 
-pytestmark = pytest.mark.promotes
+pytestmark = [pytest.mark.promotes, pytest.mark.usefixtures("compiled_once")]
 
 
 def test_a_run_learns_and_leaves_its_records(finished):
