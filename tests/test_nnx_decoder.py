@@ -88,6 +88,7 @@ def test_what_we_write_updates_its_model(tmp_path):
         assert (ours.pre_attention_norm.scale[...] != theirs.pre_attention_norm.scale[...]).all()
 
 
+@pytest.mark.slow
 def test_it_runs_with_our_mlp_in_place_of_its_feed_forward():
     theirs, ours = Transformer(nnx.Rngs(0)), Transformer(nnx.Rngs(0))
     layers = layouts.from_tree(nnx.to_pure_dict(nnx.state(theirs, nnx.Param)), layouts.tunix(CONFIG))

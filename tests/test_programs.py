@@ -26,7 +26,6 @@ ON_DEVICES = {*on_meshes.PROGRAMS, "nnx.shard_map"}  # several of them
 # These run by default, with several tokens.
 QUICK = [
     "grad in jit",
-    "jvp of grad",
     "jvp",
     "scan over layers",
     "shard_map over data",
@@ -37,7 +36,6 @@ QUICK = [
     "export, any batch",
     "export, any length",
     "nnx.value_and_grad in nnx.jit",
-    "nnx.shard_map",
     "nn.scan over layers, with remat",
 ]
 

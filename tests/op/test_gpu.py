@@ -113,7 +113,8 @@ def test_every_activations_gradients(activation):
         check_gradients(arrays, x, activation, columns)
 
 
-@pytest.mark.parametrize("T", first_is_quick([64, 256]))
+@pytest.mark.slow
+@pytest.mark.parametrize("T", [64, 256])
 def test_no_warp_group_reads_what_another_writes(T):
     """There are more steps than blocks in flight, and more blocks of results than multiprocessors."""
     arrays, x = case(T, STEPS, 3 * gpu_kernels.BLOCK_F)

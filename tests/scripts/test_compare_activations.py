@@ -385,6 +385,7 @@ class TestApproximation:
         measured = approximation.by_itself("bfloat16")
         assert measured["max"] == 2**-6 and 0.05 < measured["share_of_normal_that_differs"] < 0.15
 
+    @pytest.mark.slow
     def test_in_a_layer_rounding_changes_more_than_the_form(self):
         exact, rounded = (approximation.in_a_layer("gemma3_270m", dtype, 2) for dtype in ("float32", "bfloat16"))
         assert exact["rounding"] == 0 and 1e-4 < exact["forms"] < 4e-4  # about 8.5e-5 / E[gelu^2]^0.5 is expected

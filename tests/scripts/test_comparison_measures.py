@@ -84,6 +84,7 @@ class TestExpressiveness:
         bilinear, relu = (expressiveness.make_fit(ours, name, "a b")(members) for name in ("bilinear", "relu"))
         assert max(bilinear) < min(relu) - 1 and max(relu) < -0.3
 
+    @pytest.mark.slow
     def test_the_score_is_measured_on_test_points(self):
         ours = get_config("compare_activations", "smoke").expressiveness
         ours.update(steps=1, batch_size=64)
