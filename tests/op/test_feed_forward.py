@@ -28,7 +28,7 @@ from tests.support.cases import (
     floor_errors,
     run,
 )
-from tests.support.vary import vary
+from tests.support.vary import slow, vary
 
 
 @vary(
@@ -116,7 +116,7 @@ def test_weight_gradients_accumulate_in_float32_however_many_tokens():
             assert error <= bound, name
 
 
-@vary("save chunk_size", itertools.product(SAVES, (None, 64)))
+@pytest.mark.parametrize(("save", "chunk_size"), [("input", None), slow("input", 64), slow("gate_up", None)])
 def test_float32_gradients_of_bfloat16_compute_are_not_rounded(save, chunk_size):
     """Neither those of weights nor those of biases: only what the matmuls take is rounded to bfloat16."""
     arrays, x, dy = case((256,), use_bias=True)

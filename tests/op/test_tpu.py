@@ -173,7 +173,7 @@ def test_chunks_change_nothing(save, chip):
     assert program(24) == program(None)
 
 
-@pytest.mark.parametrize("save", ["input", "gate_up"])
+@pytest.mark.parametrize("save", first_is_quick(["input", "gate_up"]))
 def test_each_tag_is_there_once(save, chip):
     """A user's remat policy finds what the kernels return. h never leaves them."""
     arrays, x, _ = case((70,))

@@ -75,6 +75,7 @@ def test_a_sample_follows_the_last_byte_and_sees_the_last_window():
     assert list(drawn) == seen[len(context) :]
 
 
+@pytest.mark.slow
 def test_a_sample_has_the_chances_of_its_temperature():
     """Two bytes differ by 1 in their logits, so by 1 / 0.8 at that temperature."""
     table = np.full(256, -1e9, np.float32)
