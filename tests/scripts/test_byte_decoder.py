@@ -16,7 +16,7 @@ from tests.scripts.toy import config
 from tests.support.vary import vary
 
 # Optax relies on promotion.
-pytestmark = [pytest.mark.promotes, pytest.mark.usefixtures("eight_devices", "quick_to_compile")]
+pytestmark = [pytest.mark.promotes, pytest.mark.usefixtures("quick_to_compile")]
 SEQ_LEN = 4
 # Logits of the next byte, from the last byte alone: a table [256, 256].
 BIGRAMS = LanguageModel(init=lambda key: {}, logits=lambda table, tokens: table[tokens])
@@ -47,7 +47,7 @@ def test_matrices_decay_and_norms_and_the_embedding_do_not():
 
 
 @vary("count mesh", itertools.product([64, 65, 1, 63, 130], ["", "data=2,fsdp=4,tensor=1"]))
-def test_the_score_counts_every_byte_of_every_batch(count, mesh):
+def test_the_score_counts_every_byte_of_every_batch(count, mesh, eight_devices):
     """`count` windows are scored in batches of 64, the last of which may be partial."""
     rng = np.random.default_rng(0)
     text, table = rng.integers(0, 256, 400).astype(np.uint8), rng.standard_normal((256, 256))
