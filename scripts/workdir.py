@@ -17,7 +17,10 @@ def make_workdir(workdir: Path) -> None:
       ValueError: if no files can be written into it.
     """
     try:
+        new = [folder for folder in (workdir, *workdir.parents) if not folder.exists()]
         workdir.mkdir(parents=True, exist_ok=True)
+        for folder in new:
+            _sync(folder.parent)
         tempfile.TemporaryFile(dir=workdir).close()
     except OSError as error:
         reason = "a file" if workdir.is_file() else error.strerror
@@ -70,10 +73,21 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Writes `text` to the file. An interruption leaves either the old file or the whole new one."""
+    """Writes `text` to the file. An interruption or a power cut leaves either the old file or the whole new one."""
     partial = path.with_name(path.name + ".partial")
     partial.write_text(text)
+    _sync(partial)
     os.replace(partial, path)
+    _sync(path.parent)
+
+
+def _sync(path: Path) -> None:
+    """Waits until a file's content, or the names in a folder, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def read_json_lines(path: Path) -> list[dict[str, Any]]:

@@ -1,6 +1,7 @@
 """Checks of values are off by default. Inside check_values they work under every transformation."""
 
 import dataclasses
+import functools
 import itertools
 
 import flax
@@ -13,7 +14,7 @@ from flax import nnx
 import gemma_mlp
 from gemma_mlp import MLPConfig, MLPParams, feed_forward, mlp
 from gemma_mlp.checks import check_values
-from tests.support.vary import vary
+from tests.support.vary import first_is_quick, vary
 
 pytestmark = pytest.mark.usefixtures("quick_to_compile")
 
@@ -75,9 +76,26 @@ def test_the_message_names_what_is_wrong():
         check_values(feed_forward)(params(), jnp.full(8, jnp.nan))
 
 
-def test_a_norm_is_checked_too():
+@pytest.mark.parametrize("value", first_is_quick([jnp.inf, jnp.nan]))
+def test_a_norm_is_checked_too(value):
+    check_values(gemma_mlp.rms_norm)(jnp.zeros(8), jnp.ones(8))
     with pytest.raises(AssertionError, match="'scale'"):
-        check_values(gemma_mlp.rms_norm)(jnp.full(8, jnp.inf), jnp.ones(8))
+        check_values(gemma_mlp.rms_norm)(jnp.full(8, value), jnp.ones(8))
+    with pytest.raises(AssertionError, match="'x'"):
+        check_values(gemma_mlp.rms_norm)(jnp.zeros(8), jnp.full(8, value))
+
+
+@pytest.mark.slow
+def test_each_leaf_of_a_block_is_checked():
+    whole = gemma_mlp.MLPBlockParams.init(dataclasses.replace(CONFIG, use_bias=True), jax.random.key(0))
+    checked = check_values(functools.partial(gemma_mlp.mlp_block, config=dataclasses.replace(CONFIG, use_bias=True)))
+    leaves, tree = jax.tree.flatten(whole)
+    assert len(leaves) == 8
+    checked(whole, jnp.ones(8))
+    for i, leaf in enumerate(leaves):
+        bad = leaf.at[(0,) * leaf.ndim].set(jnp.nan)
+        with pytest.raises(AssertionError, match=r"'scale'|'params'"):
+            checked(jax.tree.unflatten(tree, [*leaves[:i], bad, *leaves[i + 1 :]]), jnp.ones(8))
 
 
 def test_a_non_finite_gradient_is_found():

@@ -15,6 +15,7 @@ from jax.sharding import AxisType, NamedSharding
 
 import gemma_mlp
 from gemma_mlp import MLPBlockParams, MLPConfig, MLPParams, RMSNormParams, feed_forward, hidden_activations, sharding
+from gemma_mlp.mesh import run_on_mesh
 from gemma_mlp.params import LeafSpec
 from gemma_mlp.testing import oracle
 from gemma_mlp.testing.oracle import relative_error
@@ -250,6 +251,36 @@ class TestShardings:
         rules = (("mlp", ("x", "y")), ("embed", None), ("batch", None), ("length", "x"), ("layers", None))
         specs = {"stacked": LeafSpec((3, 16, 2048), ("layers", "embed", "mlp"), jax.nn.initializers.zeros)}
         assert sharding.named_shardings(specs, mesh, rules)["stacked"].spec == jax.P(None, None, ("x", "y"))
+
+
+@vary(
+    "batch length embed hidden",
+    itertools.product(
+        [None, "data", ("data", "fsdp")], [None, "tensor"], [None, "data", "fsdp", ("data", "fsdp")], [None, "tensor"]
+    ),
+    together="batch embed",
+)
+def test_kernels_on_shards_give_the_whole_result_by_any_rules(batch, length, embed, hidden):
+    """Also where D is split over an axis that splits no tokens, or only some of its axes do. All numbers are whole."""
+    rng = np.random.default_rng(0)
+    shapes = {"x": (4, 2, 4), "dy": (4, 2, 4), "up": (4, 6), "down": (6, 4)}
+    arrays = {name: rng.integers(-3, 4, shape).astype(np.float32) for name, shape in shapes.items()}
+
+    def kernel(x, dy, up, down):  # y, h and the gradients of both weights, for y = x up down
+        return x @ up @ down, x @ up, x.T @ (dy @ down.T), (x @ up).T @ dy
+
+    rules = (("batch", batch), ("length", length), ("embed", embed), ("mlp", hidden))
+    words = ("rows", "rows", "DF", "FD")
+
+    @jax.jit
+    def run(*arrays):
+        return run_on_mesh(kernel, list(zip(words, arrays)), ("sum", "hidden", "DF", "FD"), rules)
+
+    with jax.set_mesh(make_mesh(fsdp=2, tensor=2, data=2)):
+        results = run(*arrays.values())
+    flat = [a.reshape(-1, a.shape[-1]) for a in arrays.values()]
+    for result, expected in zip(results, kernel(*flat), strict=True):
+        np.testing.assert_array_equal(np.asarray(result).reshape(expected.shape), expected)
 
 
 KEY = jax.random.key(0)

@@ -215,13 +215,19 @@ class TestCapture:
         assert_same(state["intermediates"], {"hidden": (expected,)})
         assert_same(y, module.apply(variables, x))
 
-    def test_captured_activations_carry_the_dropout_of_the_call(self):
+    @pytest.mark.parametrize("shell", ["nnx", "linen"])
+    def test_captured_activations_carry_the_dropout_of_the_call(self, shell):
         module, x = nnx_module("MLP", DROPOUT), inputs(64)
-        y, intermediates = nnx.capture(lambda module, x: module(x, rngs=nnx.Rngs(dropout=7)), nnx.Intermediate)(
-            module, x
-        )
-        (hidden,) = nnx.to_pure_dict(intermediates)["hidden"]
-        np.testing.assert_allclose(hidden @ module.down_proj[...], y, rtol=1e-5, atol=1e-6)
+        tree = tree_of(module)
+        if shell == "nnx":
+            call = nnx.capture(lambda module, x: module(x, rngs=nnx.Rngs(dropout=7)), nnx.Intermediate)
+            y, intermediates = call(module, x)
+            (hidden,) = nnx.to_pure_dict(intermediates)["hidden"]
+        else:
+            options = {"rngs": {"dropout": jax.random.key(7)}, "mutable": ["intermediates"]}
+            y, state = gemma_mlp.linen.MLP(DROPOUT).apply({"params": tree}, x, **options)
+            (hidden,) = state["intermediates"]["hidden"]
+        np.testing.assert_allclose(hidden @ tree["down_proj"], y, rtol=1e-5, atol=1e-6)
         assert (hidden == 0).mean() == pytest.approx(0.5, abs=0.1)
 
     def test_costs_nothing_when_it_is_not_asked_for(self):

@@ -1,12 +1,17 @@
-"""What decides which tests run: the subsets of tests/support/vary.py and the sets of tests/conftest.py."""
+"""What decides which tests run (the subsets of tests/support/vary.py, the sets of tests/conftest.py), and the disk.
+
+The disk of tests/support/disk.py finds what each writer that leaves out a step may lose.
+"""
 
 import itertools
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from tests.support.disk import check_every_crash
 from tests.support.vary import covering, first_is_quick, vary
 
 ROWS = list(itertools.product("abcd", (1, 2, 3), (False, True), ({}, {"x": 1})))
@@ -56,3 +61,63 @@ def test_a_set_whose_package_is_missing_is_named_and_does_not_pass(options, tmp_
     (tmp_path / "test_other.py").write_text("def test_other(): pass\n")
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert "NOT RUN (3)" in done.stdout and "1 passed" in done.stdout and done.returncode == 0
+
+
+OLD, NEW = "some old text", "all new words"
+
+
+def sync(path):
+    descriptor = os.open(path, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.close(descriptor)
+
+
+def write_by_steps(path, steps):
+    """Every step is a call of the writer of `path`; the steps are those of a safe writer, or fewer, or in disorder."""
+    for step in steps.split(", "):
+        if step == "aside":
+            path.with_name("aside").write_text(NEW)
+        elif step == "in place":
+            path.write_text(NEW)
+        elif step == "sync aside":
+            sync(path.with_name("aside"))
+        elif step == "sync file":
+            sync(path)
+        elif step == "remove":
+            path.unlink()
+        elif step == "rename":
+            os.replace(path.with_name("aside"), path)
+        else:
+            sync(path.parent)
+
+
+@pytest.mark.parametrize(
+    ("steps", "found"),
+    [
+        ("aside, sync aside, rename, sync folder", None),
+        ("aside, sync aside, sync folder, rename, sync folder", None),
+        ("aside, rename, sync folder", "leaves file 0,"),  # the name before the content
+        ("aside, rename, sync file, sync folder", "leaves file 0,"),
+        ("aside, sync aside, rename", "after the writer had returned .* reads 'some old text'"),
+        ("in place, sync file, sync folder", "reads 'all ne"),  # a mixture
+        ("aside, sync aside, remove, rename, sync folder", "reads None"),
+        ("aside, sync aside, remove, sync folder, rename, sync folder", "reads None"),
+    ],
+)
+def test_the_disk_loses_what_is_not_synced(tmp_path, steps, found):
+    root = tmp_path / "root"
+    root.mkdir()
+    (root / "file").write_text(OLD)
+
+    def read(folder):
+        return (folder / "file").read_text() if (folder / "file").exists() else None
+
+    def check():
+        write = lambda: write_by_steps(root / "file", steps)  # noqa: E731
+        check_every_crash(root, tmp_path / "states", write, read, OLD, NEW)
+
+    if found is None:
+        check()
+        return
+    with pytest.raises(AssertionError, match=found):
+        check()

@@ -166,6 +166,7 @@ def create(
         not folder.exists(), "A checkpoint must be written to a new folder.", f"{folder}, which exists", "use another."
     )
     partial = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}")
+    new = [folder, *(parent for parent in folder.parents if not parent.exists())]
     partial.mkdir(parents=True)
     try:
         _write_json(partial / config_name, config)
@@ -187,7 +188,8 @@ def create(
         for path in (*partial.iterdir(), partial):
             _sync(path)
         os.replace(partial, folder)
-        _sync(folder.parent)
+        for path in new:
+            _sync(path.parent)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise

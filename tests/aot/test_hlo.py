@@ -131,6 +131,87 @@ def test_trip_counts_are_derived_from_the_counter(old, new, permutes):
     assert times(LOOPS.replace(old, new)) == {"collective-permute": permutes, "all-gather": 5}
 
 
+# The branches of two conditionals, in both forms that XLA writes, and a call: each runs inside a loop of 5 turns.
+BRANCHES = """
+%yes (p: f32[8]) -> f32[8] {
+  %p = f32[8]{0} parameter(0)
+  ROOT %y = f32[8]{0} all-reduce(%p), channel_id=1, replica_groups={{0,1}}
+}
+
+%no (p: f32[8]) -> f32[8] {
+  %p = f32[8]{0} parameter(0)
+  ROOT %y = f32[8]{0} collective-permute(%p), channel_id=2, source_target_pairs={{0,1}}
+}
+
+%first (p: f32[8]) -> f32[8] {
+  %p = f32[8]{0} parameter(0)
+  ROOT %y = f32[8]{0} reduce-scatter(%p), channel_id=3, replica_groups={{0,1}}
+}
+
+%second (p: f32[8]) -> f32[8] {
+  ROOT %p = f32[8]{0} parameter(0)
+}
+
+%third (p: f32[8]) -> f32[8] {
+  %p = f32[8]{0} parameter(0)
+  ROOT %y = f32[8]{0} all-gather(%p), channel_id=4, replica_groups={{0,1}}
+}
+
+%routine (p: f32[8]) -> f32[8] {
+  %p = f32[8]{0} parameter(0)
+  ROOT %y = f32[8]{0} all-to-all(%p), channel_id=5, replica_groups={{0,1}}
+}
+
+%body (c: (s32[], f32[8])) -> (s32[], f32[8]) {
+  %c = (s32[], f32[8]) parameter(0)
+  %i = s32[] get-tuple-element(%c), index=0
+  %x = f32[8]{0} get-tuple-element(%c), index=1
+  %a = f32[8]{0} conditional(%flag, %x, %x), true_computation=%yes, false_computation=%no
+  %b = f32[8]{0} conditional(%i, %a, %a, %a), branch_computations={%first, %second, %third}
+  %d = f32[8]{0} call(%b), to_apply=%routine
+  ROOT %next = (s32[], f32[8]) tuple(%i, %d)
+}
+
+%test (c: (s32[], f32[8])) -> pred[] {
+  %c = (s32[], f32[8]) parameter(0)
+  ROOT %go = pred[] constant(true)
+}
+
+ENTRY %main (x: f32[8]) -> (s32[], f32[8]) {
+  %x = f32[8]{0} parameter(0)
+  %zero = s32[] constant(0)
+  %begin = (s32[], f32[8]) tuple(%zero, %x)
+  ROOT %y = (s32[], f32[8]) while(%begin), condition=%test, body=%body, backend_config={"known_trip_count":{"n":"5"}}
+}
+"""
+
+
+def test_every_branch_of_a_conditional_and_every_call_is_searched():
+    kinds = ("all-reduce", "collective-permute", "reduce-scatter", "all-gather", "all-to-all")
+    assert times(BRANCHES) == dict.fromkeys(kinds, 5)
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_branches_of_this_machines_compiler(count):
+    """With two branches and a bool XLA may write another form than with three and a number."""
+    mesh = jax.make_mesh((8,), ("a",), (jax.sharding.AxisType.Auto,), devices=jax.devices("cpu")[:8])
+    transfers = [lambda x: x + 1, lambda x: jax.lax.psum(x, "a"), lambda x: jax.lax.ppermute(x, "a", [(0, 1), (1, 0)])]
+
+    def run(which, x):
+        if count == 2:
+            return jax.lax.cond(which > 0, transfers[2], transfers[1], x)
+        return jax.lax.switch(which, transfers, x)
+
+    sharded = jax.shard_map(run, in_specs=(jax.P(), jax.P("a")), out_specs=jax.P("a"), check_vma=False)
+    given = (
+        jax.ShapeDtypeStruct((), "int32", sharding=NamedSharding(mesh, jax.P())),
+        jax.ShapeDtypeStruct((8, 4), "float32", sharding=NamedSharding(mesh, jax.P("a"))),
+    )
+    with jax.set_mesh(mesh):
+        compiled = aot.compile_for("cpu", sharded, *given)
+    assert {each.kind for each in compiled.collectives} == {"all-reduce", "collective-permute"}
+
+
 SCATTERED = """
 %all-reduce-scatter.1 (p: f32[8,4]) -> f32[2,4] {
   %p = f32[8,4]{1,0} parameter(0)

@@ -97,6 +97,8 @@ def test_a_norm_that_is_stored_as_1_plus_w_comes_as_w_in_float32(tmp_path, stack
     got = read(stacked=stacked)
     assert equal(got, layouts.stack(params(layers)) if stacked else params(layers))
     assert layers[0]["pre_norm"].dtype == FLOAT32
+    shapes = checkpoint.orbax_shapes(tmp_path / "c", CONFIG)
+    assert {leaf.dtype.name for layer in shapes for leaf in (layer.pre_norm.scale, layer.post_norm.scale)} == {FLOAT32}
 
 
 def test_shapes_are_those_of_what_is_read(tmp_path):

@@ -28,7 +28,7 @@ from tests.support.cases import (
     floor_errors,
     run,
 )
-from tests.support.vary import vary
+from tests.support.vary import slow, vary
 
 
 @vary(
@@ -114,6 +114,21 @@ def test_weight_gradients_accumulate_in_float32_however_many_tokens():
     for name, error in errors(result, exact).items():
         if name.endswith("proj"):
             assert error <= bound, name
+
+
+@pytest.mark.parametrize(("save", "chunk_size"), [("input", None), slow("input", 64), slow("gate_up", None)])
+def test_float32_gradients_of_bfloat16_compute_are_not_rounded(save, chunk_size):
+    """Neither those of weights nor those of biases: only what the matmuls take is rounded to bfloat16."""
+    arrays, x, dy = case((256,), use_bias=True)
+    options = {"param_dtype": "float32", "dtype": "bfloat16", "save": save, "chunk_size": chunk_size}
+    _, dparams, dx = run(arrays, x, dy, "bfloat16", jit=True, **options)
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(dparams)} == {"float32"}
+    exact = exact_result(arrays, x, dy, "gelu_tanh")
+    floor = floor_errors(arrays, x, dy, "gelu_tanh", exact, save, weights=lambda a: a)
+    measured = errors((exact[0], dparams, dx), exact)
+    assert measured["down_bias"] <= FLOAT32_BOUND  # the sum of dy, in which nothing is rounded
+    for name in measured.keys() - {"y", "down_bias"}:
+        assert measured[name] <= FLOOR_FACTOR * floor[name], name
 
 
 def test_mixed_dtypes_follow_the_contract():

@@ -16,7 +16,7 @@ import pytest
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from gemma_mlp import ACTIVATIONS, MLPConfig, mlp_hidden
+from gemma_mlp import ACTIVATIONS, MLPConfig, feed_forward, mlp_hidden
 from gemma_mlp.op import choose, gpu_kernels
 from gemma_mlp.testing import oracle
 from gemma_mlp.testing.oracle import relative_error
@@ -161,6 +161,27 @@ def test_the_feed_forward_around_them(save, interpreted_gpu):
     floor = cases.floor_errors(arrays, x, dy, "gelu_tanh", exact, save)
     for name, error in cases.errors(result, exact).items():
         assert error <= FLOOR_FACTOR * floor[name], name
+
+
+@pytest.mark.parametrize("save", ["input", "gate_up"])
+def test_each_tag_is_there_once(save, interpreted_gpu):
+    arrays, x = case(64)
+    params, x = samples.mlp_params(arrays, "bfloat16"), jnp.asarray(x, "bfloat16")
+    loss = lambda params: feed_forward(params, x, save=save, implementation="pallas").sum()  # noqa: E731
+    program = str(jax.make_jaxpr(jax.grad(loss))(params))
+    projections = int(save == "gate_up")
+    tags = {"mlp_gate": projections, "mlp_up": projections, "mlp_hidden": 1, "mlp_out": 1}
+    assert {tag: program.count(f"name={tag}") for tag in tags} == tags
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_the_forms_that_are_lowered_are_the_activations_and_their_derivatives(activation):
+    """On every JAX: the interpreter of JAX 0.10.2 does not run the kernel that takes the derivatives."""
+    form, x = gpu_kernels.LOWERED[activation], np.linspace(-12, 12, 4801)
+    with jax.enable_x64(True):
+        for function, exact in zip((form, form.derivative), oracle.ACTIVATIONS[activation], strict=True):
+            # 1 - tanh^2 of GELU loses digits where tanh is near 1; the largest error measured is 3.8e-14.
+            np.testing.assert_allclose(function(jnp.asarray(x)), exact(x), atol=5e-14)
 
 
 @pytest.mark.slow

@@ -174,6 +174,19 @@ def test_chunks_change_nothing(save, chip):
 
 
 @pytest.mark.parametrize("save", first_is_quick(["input", "gate_up"]))
+def test_each_tag_is_there_once(save, chip):
+    """A user's remat policy finds what the kernels return. h never leaves them."""
+    arrays, x, _ = case((70,))
+    params, x = samples.mlp_params(arrays, "float32"), jnp.asarray(x, "float32")
+    loss = lambda params: feed_forward(params, x, save=save, implementation="pallas").sum()  # noqa: E731
+    program = str(jax.make_jaxpr(jax.grad(loss))(params))
+    assert "pallas_call" in program
+    projections = int(save == "gate_up")
+    tags = {"mlp_gate": projections, "mlp_up": projections, "mlp_hidden": 0, "mlp_out": 1}
+    assert {tag: program.count(f"name={tag}") for tag in tags} == tags
+
+
+@pytest.mark.parametrize("save", first_is_quick(["input", "gate_up"]))
 def test_a_rematerialised_scan_is_that_of_xla(save, simple_chip):
     config = MLPConfig(EMBED_DIM, HIDDEN_DIM, save=save)
     params = jax.vmap(lambda key: MLPParams.init(config, key))(jax.random.split(jax.random.key(0), 2))

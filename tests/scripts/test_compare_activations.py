@@ -360,6 +360,21 @@ class TestTuning:
         assert (first["mean"], second["mean"]) == (10.0, 11.0) and "difference" not in first
         assert (second["difference"], second["difference_half"]) == (1.0, pytest.approx(0, abs=1e-12))
 
+    @pytest.mark.parametrize(
+        ("others", "quantile"), [(1, 4.302653), (2, 6.205347), (3, 7.648804)]
+    )  # t(1 - 0.05 / 2 / others) with 2 degrees of freedom, from tables
+    def test_the_intervals_of_all_differences_hold_together(self, others, quantile):
+        """Each contestant differs from the reference by -1, 0 and 1 around its own place."""
+        names = ["geglu_tanh", "relu", "silu", "gelu"][: 1 + others]
+        scores = {name: [place - 1.0, place, place + 1.0] for place, name in enumerate(names)}
+        scores["geglu_tanh"] = [0.0, 0.0, 0.0]
+        common = {"part": "comparison", "seeds": [0, 1, 2], "learning_rates": [1.0] * 3}
+        rows = tuning.rows([common | {"contestant": name, "scores": scores[name]} for name in names])
+        assert [row["difference"] for row in rows[1:]] == list(range(1, 1 + others))
+        for row in rows[1:]:
+            assert row["difference_half"] == pytest.approx(quantile / 3**0.5, rel=1e-6)
+            assert row["half"] == pytest.approx(4.302653 / 3**0.5, rel=1e-6)
+
     def test_a_rate_that_diverged_for_any_seed_is_out(self):
         assert tuning.best_rate({"learning_rates": [1.0, 1.0, 2.0, 2.0], "scores": [5.0, 6.0, 1.0, None]}) == 1.0
 

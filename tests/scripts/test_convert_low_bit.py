@@ -191,6 +191,20 @@ def test_adapters_alone(tmp_path, capsys):
     assert f"model.language_model.layers.{LAYERS - 1}.mlp.up_proj" in said["target_modules"]
 
 
+@pytest.mark.parametrize(("how", "to"), [("write_adapters", "peft"), slow("write_orbax_adapters", "deepmind_lora")])
+def test_adapters_that_read_back_otherwise_are_reported(tmp_path, monkeypatch, how, to):
+    sizes = {"gate_proj": (D, F), "up_proj": (D, F), "down_proj": (F, D)}
+    ones = {
+        n: (np.ones((rows, 2), "float32"), np.ones((2, columns), "float32")) for n, (rows, columns) in sizes.items()
+    }
+    given = {0: {name: layouts.Adapter(*matrices) for name, matrices in ones.items()}}
+    checkpoint.write_adapters(tmp_path / "peft", given)
+    write, others = getattr(checkpoint, how), jax.tree.map(lambda leaf: 2 * leaf, given)
+    monkeypatch.setattr(checkpoint, how, lambda path, _, **options: write(path, others, **options))
+    with pytest.raises(SystemExit, match="What is read back must be what was written"):
+        run(f"--source={tmp_path / 'peft'}", f"--target={tmp_path / 'new'}", f"--to={to}")
+
+
 def test_adapters_that_need_a_larger_rank(tmp_path):
     _, params = model(tmp_path)
     checkpoint.write_adapters(tmp_path / "peft", adapters(params, share=False))

@@ -197,6 +197,8 @@ class TestByThisMachinesCompiler:
         assert row["flops"] == 11 * 2 * 640 * 2048 * 18 * 16 // 2
         seconds = row["roofline_seconds"]
         assert seconds["FLOPs"] == row["flops"] / 1e12
+        # The step reads its arguments and writes its results and the new state.
+        assert seconds["HBM"] * 1e12 == pytest.approx(row["bytes"]["arguments"] + state + row["bytes"]["results"])
         assert seconds["links"] == pytest.approx(sum(each["sent_bytes"] for each in row["transfers"]) / 1e9)
         assert row["bound"] == "links" and row["roofline_tokens_per_second"] == 64 / seconds["links"]
         assert row["fits"] and not any(each["at_least"] for each in row["transfers"])
@@ -205,6 +207,13 @@ class TestByThisMachinesCompiler:
             sent[each["axes"]] = sent.get(each["axes"], 0) + each["sent_bytes"]
         # A chip has a shard of every weight's gradient, and must send it at least once to sum it over data's two rows.
         assert sent["data"] >= 4 * weights / 2 and sent["fsdp"] > 0 and sent["tensor"] > 0
+
+    def test_a_forward_pass_reads_its_arguments_and_writes_its_result(self):
+        row = self.attempt(program="forward")
+        residual = 16 * 640 * 2 // 2  # bfloat16
+        assert residual <= row["bytes"]["results"] <= residual + 256 < row["bytes"]["arguments"]
+        moved = row["bytes"]["arguments"] + row["bytes"]["results"]
+        assert row["roofline_seconds"]["HBM"] * 1e12 == pytest.approx(moved)
 
     def test_what_does_not_fit_says_what_it_needs(self):
         row = self.attempt(chip=chips.Chip(hbm_bytes=2**20, flops=1, hbm_speed=1, link_speed=1), program="forward")
