@@ -180,7 +180,10 @@ def _leaf(module, name, spec, config):
     """A parameter of a module, or the parameters that make up a quantised or adapted weight."""
 
     def boxed(spec: LeafSpec):
-        return lambda key: LogicalAxes(spec.init(key, spec.shape, config.param_dtype), spec.axes)
+        def init(key, shape=spec.shape, dtype=config.param_dtype):
+            return LogicalAxes(spec.init(key, shape, dtype), spec.axes)
+
+        return init
 
     if isinstance(spec, LoRAWeight):
 
@@ -190,6 +193,11 @@ def _leaf(module, name, spec, config):
 
         lora_a, lora_b = map(adapter, LORA)
         return LoRAWeight(_leaf(module, name, spec.base, config), lora_a, lora_b, spec.factor)
+    # DeepMind's models replace `param` by one that needs a shape, and that may ask for another dtype.
     if isinstance(spec, QuantizedWeight):
-        return module.param(name, lambda key: QuantizedWeight(boxed(spec.qvalue)(key), boxed(spec.scale)(key)))
-    return module.param(name, boxed(spec))
+
+        def quantized(key, shape, dtype):
+            return QuantizedWeight(boxed(spec.qvalue)(key, shape), boxed(spec.scale)(key, dtype=dtype))
+
+        return module.param(name, quantized, spec.qvalue.shape, config.param_dtype)
+    return module.param(name, boxed(spec), spec.shape, config.param_dtype)

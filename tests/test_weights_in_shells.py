@@ -113,6 +113,21 @@ def test_both_shells_and_the_core_give_the_same_bits(kind, save, dtype, jit):
         chex.assert_trees_all_equal(nnx.to_pure_dict(loss(block)), theirs)
 
 
+@pytest.mark.parametrize("options", [{}, *KINDS.values()], ids=["dense", *KINDS])
+def test_inside_of_a_model_that_replaces_flaxs_param(options, monkeypatch):
+    """DeepMind's models do, by a function that needs the shape."""
+    block, x = gemma_mlp.linen.MLPBlock(dataclasses.replace(CONFIG, **options)), inputs(2)
+    expected, param = block.init(jax.random.key(0), x), nn.Module.param
+
+    def param_of_a_shape(self, name, init_fn, shape, dtype=None, **options):
+        return param(self, name, init_fn, shape, dtype, **options)
+
+    monkeypatch.setattr(nn.Module, "param", param_of_a_shape)
+    variables = block.init(jax.random.key(0), x)
+    chex.assert_trees_all_equal(variables, expected)
+    block.apply(variables, x)
+
+
 class TestConversionInPlace:
     def block(self, **options):
         return gemma_mlp.nnx.MLPBlock(dataclasses.replace(CONFIG, **options), rngs=nnx.Rngs(0))
