@@ -208,7 +208,8 @@ REMAT = {
     ],
 )
 def test_remat_around_scanned_blocks(save, remat, matmuls, mib):
-    """The README's table of `save`: the matmuls of a layer, and the memory."""
+    """Four cells of the README's table of `save`: a layer's matmuls, and the memory. tests/op/test_remat.py counts the
+    matmuls of all cells."""
     compiled = compile_scanned_blocks(V5E, save, REMAT[remat])
     assert len(re.findall(r"= \S+ (?:convolution|dot)\(", compiled.text)) == matmuls
     assert compiled.temp_bytes == pytest.approx(mib * MIB, rel=0.01)
