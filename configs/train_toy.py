@@ -31,9 +31,9 @@ def get_config() -> ml_collections.ConfigDict:
     config.steps = 1000  # the number of training steps
     config.learning_rate = 4e-3  # the peak; it follows a linear warm-up and precedes a cosine decay to zero
     config.warmup_fraction = 0.1  # the share of the steps that are the warm-up
-    config.weight_decay = 0.1  # AdamW's, of the matrices
+    config.weight_decay = 0.1  # how strongly AdamW draws the matrices towards zero
 
-    config.log_every = 10  # so many steps are logged at a time
+    config.log_every = 10  # the number of steps whose losses are logged together
     config.eval_every = 250  # the held-out text is scored after so many steps
     config.checkpoint_every = 250  # a checkpoint is written after so many steps
     config.sample_bytes = 400  # the length of the text that the trained model writes
@@ -42,8 +42,8 @@ def get_config() -> ml_collections.ConfigDict:
 
     # Fine-tuning: only LoRA adapters of the feed-forwards are trained, on top of a finished run, which stays as it is.
     config.lora_rank = 0  # the rank of the adapters; 0 trains all parameters of a new model, without a base
-    config.lora_alpha = 0.0  # the adapters' product counts lora_alpha / lora_rank; 0 means that it counts once
+    config.lora_alpha = 0.0  # the adapters' product is multiplied by lora_alpha / lora_rank; 0 means by 1
     config.base = ""  # the workdir of the finished run
     config.base_dtype = ""  # "int8" or "int4" round the base's feed-forward weights to few bits; empty rounds nothing
-    config.base_group_size = 0  # so many of these numbers share a scale, such as 32; 0 means all of an output channel
+    config.base_group_size = 0  # how many weights share a scale, such as 32; 0 means those of an output channel
     return config

@@ -63,9 +63,13 @@ def time(config, report):
     preset = PRESETS[config.preset]
     has_peer = all(map(importlib.util.find_spec, ("torch", "transformers")))
     refusals = {dtype: timing.kernels_refuse(preset, dtype) for dtype in config.dtypes}
-    kernels = ["pallas", "pallas_gate_up"] if None in refusals.values() else []
-    others = ["tokamax"] * (timing.tokamax_layer() is not None) + ["torch"] * has_peer
-    contestants = ("ours", "input", "gate_up", "plain", *kernels, *others)
+    present = {
+        "pallas": None in refusals.values(),
+        "pallas_gate_up": None in refusals.values(),
+        "tokamax": timing.tokamax_layer() is not None,
+        "torch": has_peer,
+    }
+    contestants = [name for name in timing.CONTESTANTS if present.get(name, True)]
     for dtype, reason in refusals.items():
         if reason is not None:
             print(f"\nThe kernels are left out in {dtype}: {reason}")

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from gemma_mlp.checks import require
+from gemma_mlp.disk import make_folder, sync
 
 
 def make_workdir(workdir: Path) -> None:
@@ -17,10 +18,7 @@ def make_workdir(workdir: Path) -> None:
       ValueError: if no files can be written into it.
     """
     try:
-        new = [folder for folder in (workdir, *workdir.parents) if not folder.exists()]
-        workdir.mkdir(parents=True, exist_ok=True)
-        for folder in new:
-            _sync(folder.parent)
+        make_folder(workdir)
         tempfile.TemporaryFile(dir=workdir).close()
     except OSError as error:
         reason = "a file" if workdir.is_file() else error.strerror
@@ -76,18 +74,9 @@ def write_atomically(path: Path, text: str) -> None:
     """Writes `text` to the file. An interruption or a power cut leaves either the old file or the whole new one."""
     partial = path.with_name(path.name + ".partial")
     partial.write_text(text)
-    _sync(partial)
+    sync(partial)
     os.replace(partial, path)
-    _sync(path.parent)
-
-
-def _sync(path: Path) -> None:
-    """Waits until a file's content, or the names in a folder, are on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    sync(path.parent)
 
 
 def read_json_lines(path: Path) -> list[dict[str, Any]]:

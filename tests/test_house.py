@@ -14,7 +14,7 @@ from gemma_mlp.op.choose import KERNELS
 PACKAGE = Path(gemma_mlp.__file__).parent
 ROOT = Path(__file__).parents[1]
 FLOORS = [
-    {"checks", "activations", "op.slices", "testing.oracle"},
+    {"checks", "disk", "activations", "op.slices", "testing.oracle"},
     {"dtypes", "mesh", "aot.hlo"},
     {"weights", "aot.compilers", "op.cpu", "layouts.arrays"},
     {"config", "aot"},

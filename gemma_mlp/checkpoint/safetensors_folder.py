@@ -20,6 +20,7 @@ import safetensors
 import safetensors.numpy
 
 from gemma_mlp.checks import require
+from gemma_mlp.disk import make_folder, sync
 from gemma_mlp.layouts.layout import Slot
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -166,8 +167,8 @@ def create(
         not folder.exists(), "A checkpoint must be written to a new folder.", f"{folder}, which exists", "use another."
     )
     partial = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}")
-    new = [folder, *(parent for parent in folder.parents if not parent.exists())]
-    partial.mkdir(parents=True)
+    make_folder(folder.parent)
+    partial.mkdir()
     try:
         _write_json(partial / config_name, config)
         shards: list[list[str]] = []  # names of tensors
@@ -186,10 +187,9 @@ def create(
             weight_map = {tensor: name for shard, name in zip(shards, names) for tensor in shard}
             _write_json(partial / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
         for path in (*partial.iterdir(), partial):
-            _sync(path)
+            sync(path)
         os.replace(partial, folder)
-        for path in new:
-            _sync(path.parent)
+        sync(folder.parent)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
@@ -230,8 +230,8 @@ def update(folder: Path, files: Mapping[str, Path], tensors: Mapping[str, Callab
             }
             _write_json(fresh_index, index)
             _make_alike(fresh_index, folder / INDEX)
-            _sync(fresh_index)
-        _sync(folder)
+            sync(fresh_index)
+        sync(folder)
     except BaseException:
         for path in (*fresh.values(), fresh_index):
             path.unlink(missing_ok=True)
@@ -239,10 +239,10 @@ def update(folder: Path, files: Mapping[str, Path], tensors: Mapping[str, Callab
     # The replacement is outside of `try`: once it is made, the folder names the fresh files, and they must stay.
     if len(changed) == 1:
         os.replace(fresh[changed[0]], changed[0])
-        _sync(folder)
+        sync(folder)
     else:
         os.replace(fresh_index, folder / INDEX)
-        _sync(folder)
+        sync(folder)
         for path in changed:
             path.unlink()
 
@@ -272,11 +272,3 @@ def _make_alike(fresh: Path, old: Path) -> None:
 
 def _write_json(path: Path, value: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n")
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

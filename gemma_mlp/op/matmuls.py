@@ -170,7 +170,7 @@ def _in_slices(op, result, a, weight, transpose, multiply, in_bytes):
 
 def _times_scale(op, array, scale):
     """`array`, whose last axis is that of the channels, times their scales [1, channels], in float32."""
-    return array.astype(op.wide) * jnp.broadcast_to(scale[0], array.shape).astype(op.wide)
+    return array.astype(op.wide) * jnp.broadcast_to(scale[0].astype(op.wide), array.shape)
 
 
 def _rows(a):

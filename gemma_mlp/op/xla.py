@@ -41,7 +41,7 @@ def hidden(
         return op.backend.hidden(op, params, x_BD.astype(op.dtype), save_gate_up)
     in_groups = any(has_groups(base_of(weight)) for weight in (params.gate_proj, params.up_proj))
     if in_groups and slices_allowed(op) and not op.on_cpu:
-        # A GPU would transpose int4 arrays of which slices are taken so. There each matmul takes slices in its own way.
+        # XLA for GPUs would transpose int4 arrays before it slices them so. There each matmul takes its own slices.
         apart = functools.partial(_hidden, op, save_gate_up=save_gate_up)
         together = functools.partial(_hidden_in_slices, op, save_gate_up=save_gate_up)
         return lax.platform_dependent(params, x_BD, mask_BF, cuda=apart, default=together)

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-CONTESTANTS = ("ours", "input", "gate_up", "plain", "pallas", "pallas_gate_up", "tokamax", "torch")
+from benchmark import timing
 
 
 def draw(path: Path, report: dict) -> bool:
@@ -21,7 +21,7 @@ def draw(path: Path, report: dict) -> bool:
     axes = figure.subplots(1, count, squeeze=False)
     for (dtype, which), panel in zip(panels, axes[0]):
         rows = [row for row in report["time"] if (row["dtype"], row["pass"]) == (dtype, which)]
-        for name in CONTESTANTS:
+        for name in timing.CONTESTANTS:
             points = sorted((row["tokens"], row[name] / row["matmuls"]) for row in rows if name in row)
             if points:
                 panel.plot(*zip(*points), marker="o", label=name)

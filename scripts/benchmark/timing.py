@@ -19,6 +19,8 @@ import gemma_mlp
 from benchmark import checking
 from gemma_mlp.testing.stacks import plain
 
+# Columns of the table and lines of the figure, if they take part. `ours` has the default options.
+CONTESTANTS = ("ours", "input", "gate_up", "plain", "pallas", "pallas_gate_up", "tokamax", "torch")
 # The axes over which the two operands of a matmul are contracted.
 NO_TRANSPOSE, TRANSPOSE_WEIGHT, OVER_TOKENS = (1, 0), (1, 1), (0, 0)
 

@@ -21,7 +21,7 @@ def open_manager(workdir: Path) -> ocp.CheckpointManager:
 
 def latest_step(workdir: str) -> int | None:
     """The step of the last checkpoint in the folder of a run, which need not exist."""
-    return max((int(path.name) for path in Path(workdir, "checkpoints").glob("*") if path.name.isdigit()), default=None)
+    return max(ocp.utils.checkpoint_steps(Path(workdir).resolve() / "checkpoints"), default=None)
 
 
 def save(manager: ocp.CheckpointManager, step: int, state: TrainState) -> None:

@@ -205,10 +205,12 @@ REMAT = {
         slow("input", "all", 14, 649),
         slow("gate_up", "none", 9, 2233),
         slow("gate_up", "all", 12, 757),
+        slow("gate_up", "policy", 11, 793),
+        slow("autodiff", "none", 9, 9829),
     ],
 )
 def test_remat_around_scanned_blocks(save, remat, matmuls, mib):
-    """Four cells of the README's table of `save`: a layer's matmuls, and the memory. tests/op/test_remat.py counts the
+    """Six cells of the README's table of `save`: a layer's matmuls, and the memory. tests/op/test_remat.py counts the
     matmuls of all cells."""
     compiled = compile_scanned_blocks(V5E, save, REMAT[remat])
     assert len(re.findall(r"= \S+ (?:convolution|dot)\(", compiled.text)) == matmuls
