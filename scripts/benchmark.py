@@ -23,6 +23,7 @@ from pathlib import Path
 import cli
 import jax
 from benchmark import accuracy, calls, figure, low_bit, memory, timing
+from interruption import interruptible
 from tqdm import tqdm
 from workdir import make_workdir, write_atomically
 
@@ -45,7 +46,7 @@ def main():
         "versions": f"JAX {jax.__version__}, Python {platform.python_version()}",
     }
     print(f"{config.preset}: {report['device']}, {report['versions']}")
-    with cli.interruptible(lambda: saved(workdir, [name for name in SECTIONS if name in report])):
+    with interruptible(lambda: saved(workdir, [name for name in SECTIONS if name in report])):
         for name in config.sections:
             for _ in SECTIONS[name](config, report):  # each step has added something
                 write_atomically(workdir / "benchmark.json", json.dumps(report, indent=2))

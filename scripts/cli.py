@@ -1,4 +1,4 @@
-"""The command line of the scripts: settings with their help, errors and interruptions in one line, few logs."""
+"""The command line of the scripts: settings with their help, errors in one line, few logs."""
 
 import difflib
 import os
@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
+import interruption  # before all that takes long to import
 from absl import app, flags, logging
 from ml_collections import config_flags
 
@@ -17,7 +18,6 @@ from gemma_mlp.checks import likely_fix, positive_int, require
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 HELP = {"--help", "-help", "--helpshort", "-helpshort", "-?", "--?", "-h", "--h"}
-INTERRUPTED = 130  # the exit status after Ctrl-C, 128 + SIGINT
 COLUMN = 36  # where the help of a field begins
 KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
 
@@ -91,17 +91,19 @@ def run(main: Callable[[], int | None]) -> None:
 
     def checked(_: list[str]) -> int | None:
         logging.set_verbosity(logging.WARNING)  # JAX and Orbax log a lot at INFO
-        with errors_in_one_line(), interruptible(lambda: "Nothing is saved. The same command starts over."):
+        with errors_in_one_line(), interruption.interruptible(lambda: "The same command starts again."):
+            interruption.unwind_on_ctrl_c()
             return main()
 
     try:
         app.run(checked, flags_parser=_parse)
     except SystemExit as end:
-        if end.code != INTERRUPTED:
+        if end.code != interruption.STATUS:
             raise
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(INTERRUPTED)  # at once, since JAX may still compute, and an orderly exit would crash or wait for it
+        # At once, since JAX may still compute: an orderly exit would crash, or wait for it.
+        os._exit(interruption.STATUS)
 
 
 @contextmanager
@@ -119,20 +121,6 @@ def errors_in_one_line() -> Iterator[None]:
                 raise
             message = f"{type(error).__name__}: {message}"
         raise SystemExit(message) from None
-
-
-@contextmanager
-def interruptible(saved: Callable[[], str]) -> Iterator[None]:
-    """Ends the command with one line and status 130 after Ctrl-C.
-
-    Args:
-      saved: returns the sentences that say what is saved, and what the same command would do.
-    """
-    try:
-        yield
-    except KeyboardInterrupt:
-        print(f"\nInterrupted. {saved()}", file=sys.stderr)
-        raise SystemExit(INTERRUPTED) from None
 
 
 def require_names(field: str, names: Collection[str], known: Collection[str]) -> None:

@@ -23,6 +23,7 @@ import cli
 from compare_activations import approximation, curvature, expressiveness, figure, gradient_flow, heldout
 from compare_activations.contestants import CONTESTANTS
 from compare_activations.ledger import Ledger
+from interruption import interruptible
 from tqdm import tqdm
 from workdir import claim_workdir, read_json_lines, write_atomically
 
@@ -42,7 +43,7 @@ def main():
     cli.require_names("approximation.presets", config.approximation.presets, PRESETS)
     cli.require_positive(config.to_dict(), but=SEEDS)
     workdir = Path(config.workdir)
-    with cli.interruptible(lambda: saved(workdir)):
+    with interruptible(lambda: saved(workdir)):
         study(config, workdir)
 
 

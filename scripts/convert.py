@@ -26,6 +26,7 @@ import cli
 import jax
 import jax.numpy as jnp
 from absl import flags
+from interruption import interruptible
 from tqdm import tqdm
 
 from gemma_mlp import PRESETS, MLPBlockParams, MLPConfig, checkpoint, checks, dequantize, layouts, merge_lora, quantize
@@ -72,7 +73,7 @@ DRY_RUN = flags.DEFINE_boolean("dry_run", False, "Check names, shapes and dtypes
 
 def main():
     try:
-        with cli.interruptible(lambda: saved(TARGET.value)):
+        with interruptible(lambda: saved(TARGET.value)):
             convert(SOURCE.value, TARGET.value)
     except ValueError as error:
         raise SystemExit(str(error)) from error

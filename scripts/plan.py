@@ -22,6 +22,7 @@ from pathlib import Path
 import cli
 import jax
 from absl import flags
+from interruption import interruptible
 from meshes import parse
 from plan import chips
 from plan.attempts import attempt
@@ -52,7 +53,7 @@ def main():
     report = config.to_dict() | {"jax": jax.__version__, "rows": []}
 
     compile_case = functools.partial(attempt, chip=chip, target=target)
-    with cli.interruptible(lambda: saved(workdir, report["rows"])):
+    with interruptible(lambda: saved(workdir, report["rows"])):
         for row in tqdm(search(ladders, compile_case), total=sum(map(len, ladders)), leave=False):
             report["rows"].append(row)
             write_atomically(workdir / "plan.json", json.dumps(report, indent=2))

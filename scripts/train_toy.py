@@ -25,6 +25,7 @@ To fine-tune a finished run on another text, train LoRA adapters on top of it. I
 
 import cli
 from absl import flags
+from interruption import interruptible
 from train_toy import checkpoints, processes
 from train_toy.run import train
 from train_toy.run_config import RunConfig
@@ -41,7 +42,7 @@ def main():
     if DISTRIBUTED.value or any(value is not None for value in who):
         processes.join(*who)
     config = RunConfig(**CONFIG.value)
-    with cli.interruptible(lambda: saved(config)):
+    with interruptible(lambda: saved(config)):
         summary = train(config)
     if processes.is_first():
         report(summary, config.workdir)

@@ -12,6 +12,7 @@ import cli
 import pytest
 import workdir
 from absl import flags
+from interruption import interruptible
 
 from tests.scripts import toy
 from tests.support.configs import FOLDER, get_config
@@ -81,11 +82,24 @@ class TestEndings:
 
     def test_an_interruption_is_one_line_and_status_130(self, capsys):
         saved = iter(["Nothing yet.", "Step 5 is saved."])
-        with pytest.raises(SystemExit) as caught, cli.interruptible(lambda: next(saved)):
+        with pytest.raises(SystemExit) as caught, interruptible(lambda: next(saved)):
             assert next(saved) == "Nothing yet."  # what is saved is asked for after the interruption
             raise KeyboardInterrupt
         assert caught.value.code == 130
         assert capsys.readouterr().err == "\nInterrupted. Step 5 is saved.\n"
+
+    def test_an_error_on_the_way_out_of_an_interruption_is_no_error(self, capsys):
+        with pytest.raises(SystemExit) as caught, cli.errors_in_one_line(), interruptible(lambda: "Saved."):
+            try:
+                raise KeyboardInterrupt
+            finally:
+                raise RuntimeError("a library could not close its file")
+        assert caught.value.code == 130
+        assert capsys.readouterr().err == "\nInterrupted. Saved.\n"
+
+    def test_an_error_without_an_interruption_stays_one(self):
+        with pytest.raises(RuntimeError, match="a bug"), interruptible(lambda: "Saved."):
+            raise RuntimeError("a bug")
 
 
 class TestValues:
@@ -163,6 +177,43 @@ def test_what_is_wrong_is_one_line(name, argument, message):
     assert done.returncode == 1
     assert re.search(message, done.stderr), done.stderr
     assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [*NAMES, "convert"])
+def test_ctrl_c_is_one_line_while_jax_is_imported(name):
+    process = subprocess.Popen(command(name, "--help"), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while "jaxlib" not in Path(f"/proc/{process.pid}/maps").read_text():
+        time.sleep(0.005)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert errors == "\nInterrupted. The same command starts again.\n"
+
+
+PASSES_THROUGH_A_LIBRARY = """
+import logging, os, signal, cli
+def main():
+    try:
+        os.kill(os.getpid(), signal.SIGINT)
+    except KeyboardInterrupt:
+        logging.exception("saving was interrupted")
+        if {impatient}:
+            os.kill(os.getpid(), signal.SIGINT)
+            print("still here")
+        raise
+cli.run(main)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("impatient", [False, True])
+def test_an_interruption_that_a_library_logs_is_one_line(impatient):
+    source = PASSES_THROUGH_A_LIBRARY.format(impatient=impatient)
+    environment = os.environ | {"PYTHONPATH": f"{ROOT / 'scripts'}:{ROOT}"}
+    done = subprocess.run([sys.executable, "-c", source], capture_output=True, text=True, env=environment)
+    assert done.returncode == 130 and not done.stdout
+    assert done.stderr == "\nInterrupted. The same command starts again.\n"
 
 
 @pytest.mark.slow
