@@ -69,11 +69,18 @@ def test_non_finite_values_are_found(name):
     function(make_params(bad=True), x)  # and off again
 
 
-def test_the_message_names_what_is_wrong():
+@pytest.mark.parametrize(("function", "result"), [(feed_forward, "y"), (gemma_mlp.hidden_activations, "h")])
+def test_the_message_names_what_is_wrong(function, result):
+    checked = check_values(function)
     with pytest.raises(AssertionError, match="params"):
-        check_values(feed_forward)(params(bad=True), jnp.ones(8))
+        checked(params(bad=True), jnp.ones(8))
     with pytest.raises(AssertionError, match="'x'"):
-        check_values(feed_forward)(params(), jnp.full(8, jnp.nan))
+        checked(params(), jnp.full(8, jnp.nan))
+    with pytest.raises(AssertionError, match=f"'{result}'"):  # an overflow inside
+        checked(jax.tree.map(lambda leaf: leaf * 1e30, params()), jnp.ones(8))
+    zero = jax.tree.map(jnp.zeros_like, params())
+    with pytest.raises(AssertionError, match=f"gradient of {result}"):  # sqrt has an infinite slope at 0
+        check_values(jax.grad(lambda p: jnp.sqrt(function(p, jnp.ones(8))).sum()))(zero)
 
 
 @pytest.mark.parametrize("value", first_is_quick([jnp.inf, jnp.nan]))
@@ -96,19 +103,6 @@ def test_each_leaf_of_a_block_is_checked():
         bad = leaf.at[(0,) * leaf.ndim].set(jnp.nan)
         with pytest.raises(AssertionError, match=r"'scale'|'params'"):
             checked(jax.tree.unflatten(tree, [*leaves[:i], bad, *leaves[i + 1 :]]), jnp.ones(8))
-
-
-def test_a_non_finite_gradient_is_found():
-    """sqrt has an infinite slope at 0, where the value itself is finite."""
-    zero = jax.tree.map(jnp.zeros_like, params())
-    with pytest.raises(AssertionError, match="gradient of y"):
-        check_values(jax.grad(lambda p: jnp.sqrt(feed_forward(p, jnp.ones(8))).sum()))(zero)
-
-
-def test_an_overflow_inside_is_found():
-    big = jax.tree.map(lambda leaf: leaf * 1e30, params())
-    with pytest.raises(AssertionError, match="'y'"):
-        check_values(feed_forward)(big, jnp.ones(8))
 
 
 @pytest.mark.parametrize("shell", ["nnx", "linen"])

@@ -149,16 +149,20 @@ def _mlp(config, params, x, dropout_key):
         repr(config.save),
         "change save, or use implementation='xla'.",
     )
-    params, x = ensure_finite("params", params), ensure_finite("x", x)
-    run = placed_automatically(functools.partial(vjp.run, op), lambda params, x, key: spec_of(x))
-    return ensure_finite("y", run(*vary_alike((params, x, dropout_key))))
+    return _run(vjp.run, op, params, x, dropout_key, "y", lambda params, x, key: spec_of(x))
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _mlp_hidden(config, params, x, dropout_key):
     op = _checked_op(params, x, config, dropout_key)
-    run = placed_automatically(functools.partial(vjp.run_hidden, op), _hidden_spec)
-    return run(*vary_alike((params, x, dropout_key)))
+    return _run(vjp.run_hidden, op, params, x, dropout_key, "h", _hidden_spec)
+
+
+def _run(run, op, params, x, dropout_key, name, spec):
+    """The result of `run`, which is called `name` in errors, sharded by spec(params, x, dropout_key)."""
+    params, x = ensure_finite("params", params), ensure_finite("x", x)
+    placed = placed_automatically(functools.partial(run, op), spec)
+    return ensure_finite(name, placed(*vary_alike((params, x, dropout_key))))
 
 
 def _hidden_spec(params, x, dropout_key) -> PartitionSpec:
