@@ -149,8 +149,14 @@ def gradients(
         dx_BD = lax.optimization_barrier(dx_BD)
     dparams = dataclasses.replace(dparams, down_bias=down_bias)
     dparams = jax.tree.map(lambda a, d: None if d is None else d.astype(a.dtype), params, dparams)
-    # Without the barrier a TPU 7x computes an unrolled stack's weight gradients last and keeps h, dgate and dup.
-    return lax.optimization_barrier((dparams, dx_BD)) if target_device().device_kind == V7X else (dparams, dx_BD)
+    return _weights_first(dparams, dx_BD) if target_device().device_kind == V7X else (dparams, dx_BD)
+
+
+def _weights_first(dparams, dx_BD):
+    """Both, such that the next layer's gradient waits for these weights'. A TPU 7x would compute all weights' gradients
+    of an unrolled stack last, and keep h, dgate and dup of every layer for them."""
+    one, dparams = lax.optimization_barrier((jnp.ones((), dx_BD.dtype), dparams))
+    return lax.optimization_barrier((dparams, dx_BD * one))
 
 
 def _gradients_of_slice(op, params, wanted, x_BD, mask_BF, saved, dy_BD):

@@ -75,11 +75,11 @@ def scanned(layer):
 
 
 def unrolled(layer):
-    """The same, with the layers written out one after the other."""
+    """The same, with the layers written out one after the other. Each has parameters of its own, in a list."""
 
     def loss(params, x):
-        for i in range(jax.tree.leaves(params)[0].shape[0]):
-            x = x + layer(jax.tree.map(lambda leaf, i=i: leaf[i], params), x)
+        for p in params:
+            x = x + layer(p, x)
         return x.astype("float32").sum()
 
     return jax.grad(loss, argnums=(0, 1))
@@ -126,7 +126,11 @@ def compile_gradient(target, stack, config, layer=None, *, tokens=TOKENS, layers
     options: the compiler's options instead.
     """
     x = inputs(config, tokens)
-    arguments = (params(config), x, x) if stack == "one" else (params(config, layers), x)
+    arguments = {
+        "one": (params(config), x, x),
+        "scanned": (params(config, layers), x),
+        "unrolled": ([params(config)] * layers, x),
+    }[stack]
     options = options if triton is None else {"xla_gpu_enable_triton_gemm": triton}
     return compile_for(target, STACKS[stack](layer or make_layer(config)), *arguments, compiler_options=options)
 
