@@ -1,6 +1,8 @@
 """What a power cut cannot undo: names and contents that are on the disk before the next step. The writers use it."""
 
+import contextlib
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 
@@ -19,3 +21,24 @@ def make_folder(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for path in new:
         sync(path.parent)
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[bool]:
+    """Waits until no other process is inside of this for the same folder. It gives False if there are no such locks.
+
+    The operating system releases the lock when the process ends, however it ends. Some network file systems have none.
+    """
+    import fcntl  # Windows has no such module, and need not have it to read checkpoints
+
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        except OSError:
+            has_lock = False
+        else:
+            has_lock = True
+        yield has_lock
+    finally:
+        os.close(descriptor)

@@ -3,12 +3,16 @@
 JAX runs with full float32 matmuls (TPUs round them otherwise) and without implicit promotion. The CPU counts as eight
 devices, for the tests of meshes. All other tests run on the first device.
 
+Hypothesis tries 30 examples for each test in the quick run, and 300 if slow tests are selected too. They are always the
+same.
+
 A test of one of SETS is left out if what it needs is missing. The run's last lines say how many tests were left out,
 and how to install what they need.
 """
 
 from importlib import metadata
 
+import hypothesis
 import jax
 import pytest
 
@@ -48,6 +52,9 @@ def is_missing(package):
 
 def pytest_configure(config):
     config.stash[NOT_RUN] = dict.fromkeys((*SETS, "slow"), 0)
+    for name, examples in (("quick", 30), ("full", 300)):
+        hypothesis.settings.register_profile(name, max_examples=examples, deadline=None, derandomize=True)
+    hypothesis.settings.load_profile("quick" if "not slow" in config.option.markexpr else "full")
 
 
 @pytest.hookimpl(trylast=True)  # after -k and -m, so that only tests that would have run are counted

@@ -20,7 +20,7 @@ import safetensors
 import safetensors.numpy
 
 from gemma_mlp.checks import require
-from gemma_mlp.disk import make_folder, sync
+from gemma_mlp.disk import locked, make_folder, sync
 from gemma_mlp.layouts.layout import Slot
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -211,13 +211,19 @@ def update(folder: Path, files: Mapping[str, Path], tensors: Mapping[str, Callab
     """Overwrites some tensors. Everything else stays as it is, byte for byte.
 
     Whenever this is interrupted, the folder holds the old checkpoint or the new one, and perhaps files that nothing
-    names. This folder's README says in which order the files are written.
+    names, which the next update removes. This folder's README says in which order the files are written.
     The functions in `tensors` make the new arrays, in the shapes and dtypes of the files.
     """
+    with locked(folder) as has_lock:
+        if has_lock:  # else the files may be those of an update that is under way
+            _remove_unnamed(folder)
+        _update(folder, files, tensors)
+
+
+def _update(folder: Path, files: Mapping[str, Path], tensors: Mapping[str, Callable[[], Any]]) -> None:
     changed = sorted({files[name] for name in tensors})
     # An earlier update may have put eight digits behind the name. They are replaced, so that names do not grow.
-    stems = {path: re.sub(r"-[0-9a-f]{8}$", "", path.stem) for path in changed}
-    fresh = {path: path.with_name(f"{stem}-{uuid.uuid4().hex[:8]}.safetensors") for path, stem in stems.items()}
+    fresh = {path: path.with_name(f"{_stem(path)}-{uuid.uuid4().hex[:8]}.safetensors") for path in changed}
     fresh_index = folder / f".{INDEX}.{uuid.uuid4().hex[:8]}"
     try:
         for path in changed:
@@ -245,6 +251,23 @@ def update(folder: Path, files: Mapping[str, Path], tensors: Mapping[str, Callab
         sync(folder)
         for path in changed:
             path.unlink()
+
+
+def _stem(path: Path) -> str:
+    """The file's name without its ending, and without the eight digits of an update."""
+    return re.sub(r"-[0-9a-f]{8}$", "", path.stem)
+
+
+def _remove_unnamed(folder: Path) -> None:
+    """Removes what killed updates have left: new files that were not named yet, or old ones that are not any more."""
+    named = {path.name for path in list_files(folder).values()}
+    stems = {_stem(folder / name) for name in named}
+    unnamed = [path for path in folder.glob("*.safetensors") if path.name not in named and _stem(path) in stems]
+    unnamed += [path for path in folder.glob(f".{INDEX}.*") if re.fullmatch(r"\.[0-9a-f]{8}", path.suffix)]
+    if unnamed:
+        sync(folder)  # The killed update may not have come to this: else a power cut could bring its old index back.
+    for path in unnamed:
+        path.unlink()
 
 
 def _rewrite(path: Path, fresh: Path, tensors: Mapping[str, Any]) -> None:

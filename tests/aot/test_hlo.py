@@ -1,9 +1,14 @@
 """Transfers between chips, found in programs written by hand and in one that this machine's compiler made."""
 
+import itertools
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from jax.sharding import NamedSharding
 
 from gemma_mlp import aot
@@ -258,6 +263,100 @@ ACROSS = ((0, 4), (1, 5), (2, 6), (3, 7))
 def test_groups_in_every_form(written, groups):
     text = f"ENTRY %main {{\n  %y = f32[2]{{0}} all-gather(%x), channel_id=1, {written}, dimensions={{0}}\n}}"
     assert hlo.collectives(text)[0].groups == groups
+
+
+# The same forms with sizes and orders made up by Hypothesis. They are expanded here number by number, without NumPy.
+
+
+MANY = settings(max_examples=100)  # few orders of axes differ from their own inverse
+
+
+def read(written):
+    text = f"ENTRY %main {{\n  %y = f32[2]{{0}} all-gather(%x), channel_id=1, {written}, dimensions={{0}}\n}}"
+    (found,) = hlo.collectives(text)
+    return found.groups
+
+
+def listed(groups):
+    return "{" + ",".join("{" + ",".join(map(str, group)) + "}" for group in groups) + "}"
+
+
+def places(sizes):
+    return itertools.product(*map(range, sizes))
+
+
+def iota(sizes, order):
+    """The numbers of an array of these sizes, counted row by row, read row by row after it is transposed."""
+    strides = [math.prod(sizes[axis + 1 :]) for axis in range(len(sizes))]
+    return [
+        sum(at * strides[axis] for at, axis in zip(place, order)) for place in places([sizes[axis] for axis in order])
+    ]
+
+
+@st.composite
+def iotas(draw):
+    """(text, numbers)"""
+    sizes = draw(st.lists(st.sampled_from([2, 3, 4, 1]), min_size=1, max_size=4))
+    order = draw(st.permutations(range(len(sizes))))
+    text = f"[{','.join(map(str, sizes))}]"
+    if order != sorted(order) or draw(st.booleans()):
+        text += f"T({','.join(map(str, order))})"
+    return text, iota(sizes, order)
+
+
+def divisors(number):
+    return [divisor for divisor in range(1, number + 1) if number % divisor == 0]
+
+
+@given(st.permutations(range(12)), st.lists(st.integers(1, 11), max_size=5, unique=True))
+def test_any_listed_groups(chips, cuts):
+    groups = tuple(tuple(chips[a:b]) for a, b in itertools.pairwise([0, *sorted(cuts), len(chips)]))
+    assert read(f"replica_groups={listed(groups)}") == groups
+
+
+@given(st.lists(st.tuples(st.integers(0, 300), st.integers(0, 300)), min_size=1, max_size=12))
+def test_any_pairs(pairs):
+    assert read(f"source_target_pairs={listed(pairs)}") == tuple(pairs)
+
+
+@MANY
+@given(iotas(), st.data())
+def test_any_iota(iota, data):
+    text, chips = iota
+    size = data.draw(st.sampled_from(divisors(len(chips))))
+    groups = tuple(tuple(chips[at : at + size]) for at in range(0, len(chips), size))
+    assert read(f"replica_groups=[{len(chips) // size},{size}]<={text}") == groups
+
+
+@MANY
+@given(iotas(), st.data())
+def test_any_axes_of_a_mesh(iota, data):
+    """A group has the chips whose places differ on the chosen axes alone, or on the chosen part of one."""
+    text, chips = iota
+    sizes = data.draw(st.sampled_from([sizes for sizes in MESHES if math.prod(sizes) == len(chips)] or [(len(chips),)]))
+    names = "abc"[: len(sizes)]
+    chosen = data.draw(st.permutations(range(len(sizes))))[: data.draw(st.integers(1, len(sizes)))]
+    mesh = "mesh[" + ",".join(f"'{name}'={size}" for name, size in zip(names, sizes)) + "]"
+    mesh += f", device_ids=({text})" if chips != sorted(chips) or data.draw(st.booleans()) else ""
+    parts, written = {}, []  # of a chosen axis: how many chips it takes, and their distance along the axis
+    for axis in chosen:
+        size = data.draw(st.sampled_from(divisors(sizes[axis])))
+        outer = data.draw(st.sampled_from(divisors(sizes[axis] // size)))
+        whole = size == sizes[axis]
+        parts[axis] = size, sizes[axis] // (outer * size)
+        written.append(f"'{names[axis]}'" + ("" if whole else f":({outer}){size}"))
+    groups = {}
+    for chip, place in zip(chips, places(sizes)):
+        within = [place[axis] // parts[axis][1] % parts[axis][0] for axis in chosen]
+        start = list(place)
+        for axis, at in zip(chosen, within):
+            start[axis] -= at * parts[axis][1]
+        groups.setdefault(tuple(start), []).append((within, chip))
+    expected = sorted(tuple(chip for _, chip in sorted(group)) for group in groups.values())
+    assert sorted(read(f"replica_groups={mesh} {{{','.join(written)}}}")) == expected
+
+
+MESHES = [sizes for length in (1, 2, 3) for sizes in itertools.product(range(1, 9), repeat=length)]
 
 
 def test_unknown_forms_are_explained():

@@ -5,6 +5,7 @@
 
 import functools
 import json
+import os
 import shutil
 
 import numpy as np
@@ -71,6 +72,29 @@ def test_a_second_update(tmp_path):
     """It starts from the names that the first one has made."""
     checkpoint.update_huggingface(write(tmp_path / "root", arrays(), 3), params(NEW))
     check(tmp_path, lambda folder: checkpoint.update_huggingface(folder, params(arrays())))
+
+
+class Killed(BaseException):
+    pass
+
+
+def test_an_update_after_a_killed_one(tmp_path, monkeypatch):
+    """The first was killed when the new names were in place and not yet on the disk. Its old files are still needed."""
+    write(tmp_path / "root", arrays(), 3)
+
+    def write_twice(folder):
+        replace = os.replace
+
+        def killed(*paths):
+            replace(*paths)
+            raise Killed
+
+        with monkeypatch.context() as patch, pytest.raises(Killed):
+            patch.setattr(os, "replace", killed)
+            checkpoint.update_huggingface(folder, params(NEW))
+        checkpoint.update_huggingface(folder, params(NEW))
+
+    check(tmp_path, write_twice)
 
 
 def test_new_adapters(tmp_path):

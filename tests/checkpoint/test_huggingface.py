@@ -1,8 +1,10 @@
 """Hugging Face folders are compared with files that safetensors wrote from arrays transposed by hand."""
 
+import fcntl
 import json
 import os
 import shutil
+import threading
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +12,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from gemma_mlp import MLPConfig, checkpoint, layouts
+from gemma_mlp import MLPConfig, checkpoint, disk, layouts
 from gemma_mlp.checkpoint import loading, safetensors_folder
 from tests.support.by_hand import CONFIG, GEMMA1, LAYERS, D, F, arrays, equal, huggingface, params
 from tests.support.huggingface_folder import SETTINGS, load, others, save, write
@@ -238,7 +240,7 @@ class Killed(BaseException):
     pass
 
 
-WRITE_TEXT, COPYFILE = safetensors_folder.Path.write_text, shutil.copyfile
+WRITE_TEXT, COPYFILE, CLOSE = safetensors_folder.Path.write_text, shutil.copyfile, os.close
 
 
 @pytest.mark.parametrize("shards", [1, 3])
@@ -257,6 +259,8 @@ def test_an_update_cut_short_leaves_the_old_or_the_new(tmp_path, monkeypatch, sh
                     if function is COPYFILE:
                         whole = args[0].read_bytes()
                         args[1].write_bytes(whole[: len(whole) // 2])
+                    if function is CLOSE:  # as the operating system does, which also gives up the lock
+                        CLOSE(*args)
                     raise Killed
                 calls.append(function)
                 return function(*args, **kwargs)
@@ -278,8 +282,19 @@ def test_an_update_cut_short_leaves_the_old_or_the_new(tmp_path, monkeypatch, sh
         files = safetensors_folder.list_files(folder)  # without half-written files, which nothing names
         read = {name: safetensors.numpy.load_file(files[name])[name] for name in others(LAYERS)}
         assert equal(read, others(LAYERS))
+        checkpoint.update_huggingface(folder, params(new))
+        check_updated(folder, new, shards)
     assert 4 < survived < 100
+    check_updated(folder, new, shards)
+
+
+def check_updated(folder, new, shards):
+    """The folder holds the new parameters and all other tensors, and no file that nothing names."""
     assert equal(checkpoint.read_huggingface(folder), params(new))
+    tensors = load(folder)
+    assert equal({name: tensors[name] for name in others(LAYERS)}, others(LAYERS))
+    names = {path.name for path in folder.iterdir()} - {"config.json", "tokenizer.json", "model.safetensors.index.json"}
+    assert names == {path.name for path in safetensors_folder.list_files(folder).values()} and len(names) == shards
 
 
 @pytest.mark.parametrize("shards", [1, 3])
@@ -297,6 +312,56 @@ def test_an_update_killed_right_after_the_rename_leaves_the_new(tmp_path, monkey
     assert equal(checkpoint.read_huggingface(folder), params(new))
     files = safetensors_folder.list_files(folder)
     assert equal({name: safetensors.numpy.load_file(files[name])[name] for name in others(LAYERS)}, others(LAYERS))
+    checkpoint.update_huggingface(folder, params(arrays()))
+    check_updated(folder, arrays(), shards)
+
+
+FOREIGN = (  # no update makes such names in a folder of the shards model-00001-of-00003 and so on
+    "model-00001-of-00003-copy.safetensors",
+    "model-00001-of-00003-0123abcd.safetensors.old",
+    "adapter-0123abcd.safetensors",
+    ".model.safetensors.index.json.backup",
+)
+
+
+def test_an_update_removes_no_files_but_those_of_killed_updates(tmp_path):
+    folder = write(tmp_path, arrays(), 3)
+    left = [
+        folder / name for name in ("model-00002-of-00003-0123abcd.safetensors", f".{safetensors_folder.INDEX}.0123abcd")
+    ]
+    for path in (*left, *(folder / name for name in FOREIGN)):
+        path.write_bytes(b"not a checkpoint")
+    checkpoint.update_huggingface(folder, params(arrays())[:1], layers=[2])
+    assert not any(path.exists() for path in left)
+    assert all((folder / name).read_bytes() == b"not a checkpoint" for name in FOREIGN)
+
+
+def test_two_updates_at_once_wait_for_each_other(tmp_path):
+    """Else the second would remove what the first has written, as if that had been killed."""
+    folder = write(tmp_path, arrays(), 3)
+    under_way = folder / "model-00001-of-00003-0123abcd.safetensors"
+    under_way.write_bytes(b"half")
+    second = threading.Thread(target=checkpoint.update_huggingface, args=(folder, params(arrays()[::-1])))
+    with disk.locked(folder) as has_lock:
+        assert has_lock
+        second.start()
+        second.join(0.5)
+        assert second.is_alive() and under_way.exists()
+        assert equal(checkpoint.read_huggingface(folder), params(arrays()))
+    second.join(60)
+    check_updated(folder, arrays()[::-1], 3)
+
+
+def test_a_disk_without_locks_keeps_what_may_be_of_another_update(tmp_path, monkeypatch):
+    def flock(*_):
+        raise OSError("no locks")
+
+    folder = write(tmp_path, arrays(), 3)
+    other = folder / "model-00001-of-00003-0123abcd.safetensors"
+    other.write_bytes(b"half")
+    monkeypatch.setattr(fcntl, "flock", flock)
+    checkpoint.update_huggingface(folder, params(arrays()[::-1]))
+    assert other.exists() and equal(checkpoint.read_huggingface(folder), params(arrays()[::-1]))
 
 
 def test_a_new_folder_is_on_the_disk_before_it_gets_its_name(tmp_path, monkeypatch):

@@ -10,9 +10,13 @@ import numpy as np
 import pytest
 from flax import linen as nn
 from flax import nnx
+from hypothesis import given
+from hypothesis import strategies as st
 
 import gemma_mlp
 from gemma_mlp import MLPConfig, layouts
+from gemma_mlp.layouts.libraries import WITHOUT_POST_NORM
+from gemma_mlp.params import WEIGHTS
 from tests.support import by_hand as by_hand_module
 from tests.support.by_hand import (
     CONFIG,
@@ -111,6 +115,60 @@ def test_sizes_of_two_confuse_nothing_that_the_layout_says(sizes):
             layout = dataclasses.replace(layout, config=config)
             tree = by_hand(layers)
             assert equal(layouts.to_tree(layouts.from_tree(tree, layout), layout), tree)
+
+
+def reordered(tree, rng):
+    """`tree` with the entries of all its dictionaries in another order."""
+    if not isinstance(tree, dict):
+        return tree
+    return {key: reordered(tree[key], rng) for key in [list(tree)[i] for i in rng.permutation(len(tree))]}
+
+
+SIZES, SEEDS = st.tuples(st.integers(1, 9), st.integers(1, 9)), st.integers(0, 2**32 - 1)
+
+
+@given(
+    st.sampled_from(sorted(TREES)), SIZES, st.integers(2, 7), st.sampled_from([ml_dtypes.bfloat16, np.float32]), SEEDS
+)
+def test_any_sizes_and_orders_equal_trees_written_by_hand(name, sizes, num_layers, dtype, seed):
+    layout, by_hand, kind = TREES[name]
+    config = dataclasses.replace(kind, embed_dim=sizes[0], hidden_dim=sizes[1])
+    layout = dataclasses.replace(layout, config=config)
+    layers = arrays(config, num_layers, dtype)
+    tree = layouts.to_tree(params(layers, np.asarray), layout)
+    assert equal(tree, by_hand(layers))
+    got = layouts.from_tree(reordered(tree, np.random.default_rng(seed)), layout)
+    assert equal(got, params(layer_dicts(layers, name), np.asarray))
+
+
+GROUPS = st.sampled_from([("",), ("_local", "_global"), ("_0", "_1", "_2", "_3", "_4", "_5")])
+OPTIONS = {  # of the layouts in LAYOUTS: those without a default, and others that change where numbers go
+    "deepmind": {"transpose_gating_einsum": st.booleans()},
+    "deepmind_flat": {"transpose_gating_einsum": st.booleans()},
+    "deepmind_stacked": {"transpose_gating_einsum": st.booleans(), "attention_types": st.integers(1, 6)},
+    "maxtext": {"groups": GROUPS},
+    "maxtext_fused": {"groups": GROUPS},
+    "maxtext_unscanned": {"groups": GROUPS},
+    "maxtext_unscanned_fused": {"groups": GROUPS},
+}
+
+
+@given(st.data(), st.sampled_from(sorted(layouts.LAYOUTS)), SIZES, st.sampled_from(["4", "8"]), SEEDS)
+def test_any_bits_come_back_from_every_layout(data, name, sizes, bytes_each, seed):
+    """Of weights all bits do, NaNs' too. Norms are of numbers that also come back from 1 + w."""
+    config = MLPConfig(*sizes, post_norm=name not in WITHOUT_POST_NORM)
+    options = data.draw(st.fixed_dictionaries(OPTIONS.get(name, {})))
+    groups = options.get("attention_types", len(options.get("groups", "1")))
+    num_layers = data.draw(st.integers(groups, 12) if "stacked" in name else st.sampled_from([groups, 2 * groups]))
+    layout = layouts.LAYOUTS[name](config, prefix=data.draw(st.sampled_from(["", "a/b/"])), **options)
+    rng = np.random.default_rng(seed)
+    layers = arrays(config, num_layers, f"f{bytes_each}")
+    for layer in layers:
+        for leaf in WEIGHTS:
+            layer[leaf] = np.frombuffer(rng.bytes(layer[leaf].nbytes), f"f{bytes_each}").reshape(layer[leaf].shape)
+    tree = layouts.to_tree(params(layers, np.asarray), layout)
+    assert equal(layouts.from_tree(reordered(tree, rng), layout), params(layers, np.asarray))
+    assert sum(leaf.size for leaf in jax.tree.leaves(tree)) == sum(a.size for layer in layers for a in layer.values())
 
 
 def test_an_orientation_that_was_not_chosen_cannot_be_written():

@@ -30,6 +30,9 @@ from compare_activations.ensembles import Member
 from compare_activations.ledger import Ledger
 from compare_activations.statistics import interval, paired
 from flax import nnx
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy import stats
 
 import gemma_mlp
 from gemma_mlp.testing import oracle
@@ -207,6 +210,16 @@ class TestStatistics:
         assert mean == pytest.approx(1.0) and half == pytest.approx(3.182446 * (0.02 / 3) ** 0.5 / 2, rel=1e-6)
         # Scores that rank the seeds the other way round: the differences are -4, 0 and 4, not three zeros.
         assert paired([0.0, 2.0, 4.0], [4.0, 2.0, 0.0]) == (0, pytest.approx(4.302653 * 4 / 3**0.5, rel=1e-6))
+
+    @given(st.integers(2, 40), st.floats(1e-3, 1e3), st.floats(-10, 10), st.integers(1, 40), st.integers(0, 2**32 - 1))
+    def test_any_interval_equals_the_inverse_of_scipys_t_tests(self, count, spread, shift, comparisons, seed):
+        values, reference = shift + spread * np.random.default_rng(seed).standard_normal((2, count))
+        for found, tested in (
+            (interval(values, comparisons), stats.ttest_1samp(values, 0.0)),
+            (paired(values, reference, comparisons), stats.ttest_rel(values, reference)),
+        ):
+            low, high = tested.confidence_interval(1 - 0.05 / comparisons)
+            np.testing.assert_allclose(found, ((low + high) / 2, (high - low) / 2), rtol=1e-9, atol=1e-12)
 
 
 class TestContestants:
