@@ -13,6 +13,7 @@ from gemma_mlp.checkpoint.loading import Progress, Source, choose_layers, load, 
 from gemma_mlp.checkpoint.low_bit import place
 from gemma_mlp.checks import describe, require
 from gemma_mlp.config import MLPConfig
+from gemma_mlp.disk import locked
 from gemma_mlp.layouts.layout import Layout
 from gemma_mlp.layouts.libraries import huggingface
 from gemma_mlp.layouts.trees import block_leaves, stored_tensors
@@ -134,7 +135,15 @@ def update_huggingface(
         written.
     """
     folder, layers = local_folder(folder), None if layers is None else list(layers)
-    sources = _sources(folder, layers, part, allow_activation_sparsity)
+    with locked(folder) as alone:
+        sources = _sources(folder, layers, part, allow_activation_sparsity)
+        tensors = _tensors_of_update(sources, params, layers)
+        files = {name: sources[0].file(name) for name in tensors}
+        safetensors_folder.update(folder, files, tensors, tidy=alone)
+
+
+def _tensors_of_update(sources, params, layers) -> dict[str, Callable[[], Any]]:
+    """What makes each tensor of the files anew, after all checks."""
     numbers = _in_order(sources, layers, lambda source: source.slots)
     require(
         len(params) == len(numbers),
@@ -157,7 +166,7 @@ def update_huggingface(
                     "cast the parameters: jax.tree.map(lambda leaf: leaf.astype(dtype), params).",
                 )
     require_finite_layers(numbered)
-    safetensors_folder.update(folder, {name: sources[0].file(name) for name in tensors}, tensors)
+    return tensors
 
 
 def write_huggingface(

@@ -20,10 +20,11 @@ import safetensors
 import safetensors.numpy
 
 from gemma_mlp.checks import require
-from gemma_mlp.disk import locked, make_folder, sync
+from gemma_mlp.disk import make_folder, sync
 from gemma_mlp.layouts.layout import Slot
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+UPDATED = re.compile(r"-update-[0-9a-f]{8}$")  # at the end of the name of a file that an update has written
 SHARD_BYTES = 5 * 10**9  # the size of Hugging Face's own shards
 
 DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64"}  # others keep their names
@@ -207,23 +208,18 @@ def _shards(tensors: Mapping[str, Callable[[], Any]], shard_bytes: int) -> Itera
     yield shard
 
 
-def update(folder: Path, files: Mapping[str, Path], tensors: Mapping[str, Callable[[], Any]]) -> None:
+def update(folder: Path, files: Mapping[str, Path], tensors: Mapping[str, Callable[[], Any]], *, tidy: bool) -> None:
     """Overwrites some tensors. Everything else stays as it is, byte for byte.
 
     Whenever this is interrupted, the folder holds the old checkpoint or the new one, and perhaps files that nothing
-    names, which the next update removes. This folder's README says in which order the files are written.
+    names. `tidy` removes such files first. They must not be those of another update that is under way.
+    This folder's README says in which order the files are written.
     The functions in `tensors` make the new arrays, in the shapes and dtypes of the files.
     """
-    with locked(folder) as has_lock:
-        if has_lock:  # else the files may be those of an update that is under way
-            _remove_unnamed(folder)
-        _update(folder, files, tensors)
-
-
-def _update(folder: Path, files: Mapping[str, Path], tensors: Mapping[str, Callable[[], Any]]) -> None:
+    if tidy:
+        _remove_unnamed(folder)
     changed = sorted({files[name] for name in tensors})
-    # An earlier update may have put eight digits behind the name. They are replaced, so that names do not grow.
-    fresh = {path: path.with_name(f"{_stem(path)}-{uuid.uuid4().hex[:8]}.safetensors") for path in changed}
+    fresh = {path: path.with_name(f"{_stem(path)}-update-{uuid.uuid4().hex[:8]}.safetensors") for path in changed}
     fresh_index = folder / f".{INDEX}.{uuid.uuid4().hex[:8]}"
     try:
         for path in changed:
@@ -254,15 +250,19 @@ def _update(folder: Path, files: Mapping[str, Path], tensors: Mapping[str, Calla
 
 
 def _stem(path: Path) -> str:
-    """The file's name without its ending, and without the eight digits of an update."""
-    return re.sub(r"-[0-9a-f]{8}$", "", path.stem)
+    """The file's name without its ending, and without what an earlier update has put behind it."""
+    return UPDATED.sub("", path.stem)
 
 
 def _remove_unnamed(folder: Path) -> None:
     """Removes what killed updates have left: new files that were not named yet, or old ones that are not any more."""
-    named = {path.name for path in list_files(folder).values()}
-    stems = {_stem(folder / name) for name in named}
-    unnamed = [path for path in folder.glob("*.safetensors") if path.name not in named and _stem(path) in stems]
+    named = set(list_files(folder).values())
+    stems, replaced = {_stem(path) for path in named}, {_stem(path) for path in named if UPDATED.search(path.stem)}
+
+    def is_left(path):
+        return _stem(path) in (stems if UPDATED.search(path.stem) else replaced)
+
+    unnamed = [path for path in folder.glob("*.safetensors") if path not in named and is_left(path)]
     unnamed += [path for path in folder.glob(f".{INDEX}.*") if re.fullmatch(r"\.[0-9a-f]{8}", path.suffix)]
     if unnamed:
         sync(folder)  # The killed update may not have come to this: else a power cut could bring its old index back.

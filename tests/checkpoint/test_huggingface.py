@@ -318,8 +318,9 @@ def test_an_update_killed_right_after_the_rename_leaves_the_new(tmp_path, monkey
 
 FOREIGN = (  # no update makes such names in a folder of the shards model-00001-of-00003 and so on
     "model-00001-of-00003-copy.safetensors",
-    "model-00001-of-00003-0123abcd.safetensors.old",
-    "adapter-0123abcd.safetensors",
+    "model-00001-of-00003-20261127.safetensors",
+    "model-00001-of-00003-update-0123abcd.safetensors.old",
+    "adapter-update-0123abcd.safetensors",
     ".model.safetensors.index.json.backup",
 )
 
@@ -327,7 +328,8 @@ FOREIGN = (  # no update makes such names in a folder of the shards model-00001-
 def test_an_update_removes_no_files_but_those_of_killed_updates(tmp_path):
     folder = write(tmp_path, arrays(), 3)
     left = [
-        folder / name for name in ("model-00002-of-00003-0123abcd.safetensors", f".{safetensors_folder.INDEX}.0123abcd")
+        folder / name
+        for name in ("model-00002-of-00003-update-0123abcd.safetensors", f".{safetensors_folder.INDEX}.0123abcd")
     ]
     for path in (*left, *(folder / name for name in FOREIGN)):
         path.write_bytes(b"not a checkpoint")
@@ -337,9 +339,9 @@ def test_an_update_removes_no_files_but_those_of_killed_updates(tmp_path):
 
 
 def test_two_updates_at_once_wait_for_each_other(tmp_path):
-    """Else the second would remove what the first has written, as if that had been killed."""
+    """Else the second would remove what the first has written, or read files that the first then replaces."""
     folder = write(tmp_path, arrays(), 3)
-    under_way = folder / "model-00001-of-00003-0123abcd.safetensors"
+    under_way = folder / "model-00001-of-00003-update-0123abcd.safetensors"
     under_way.write_bytes(b"half")
     second = threading.Thread(target=checkpoint.update_huggingface, args=(folder, params(arrays()[::-1])))
     with disk.locked(folder) as has_lock:
@@ -348,6 +350,10 @@ def test_two_updates_at_once_wait_for_each_other(tmp_path):
         second.join(0.5)
         assert second.is_alive() and under_way.exists()
         assert equal(checkpoint.read_huggingface(folder), params(arrays()))
+        index = folder / safetensors_folder.INDEX
+        index.write_text(index.read_text().replace("model-00001-of", "new-00001-of"))
+        (folder / "model-00001-of-00003.safetensors").rename(folder / "new-00001-of-00003.safetensors")
+        under_way.unlink()
     second.join(60)
     check_updated(folder, arrays()[::-1], 3)
 
@@ -357,7 +363,7 @@ def test_a_disk_without_locks_keeps_what_may_be_of_another_update(tmp_path, monk
         raise OSError("no locks")
 
     folder = write(tmp_path, arrays(), 3)
-    other = folder / "model-00001-of-00003-0123abcd.safetensors"
+    other = folder / "model-00001-of-00003-update-0123abcd.safetensors"
     other.write_bytes(b"half")
     monkeypatch.setattr(fcntl, "flock", flock)
     checkpoint.update_huggingface(folder, params(arrays()[::-1]))
@@ -409,7 +415,7 @@ def test_names_of_files_do_not_grow_with_every_update(tmp_path, shards):
         checkpoint.update_huggingface(folder, params(layers))
         assert equal(checkpoint.read_huggingface(folder), params(layers))
         lengths.append([len(name) for name in names()])
-    assert lengths == [[len(name) + (0 if shards == 1 else len("-01234567")) for name in before]] * 3
+    assert lengths == [[len(name) + (0 if shards == 1 else len("-update-01234567")) for name in before]] * 3
 
 
 def test_a_new_folder_cut_short_is_not_there(tmp_path, monkeypatch):

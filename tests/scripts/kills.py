@@ -168,7 +168,9 @@ def kill_updates(kills, rng, folder):
         huggingface_folder.write(source, own, SHARDS, settings)
     updated = huggingface_folder.write(folder / "updated", layers, SHARDS, settings)
     others = other_tensors(updated)
-    (updated / "notes-0a1b2c3d.safetensors").write_bytes(b"not ours")  # looks like a file of an update, and is none
+    (updated / "notes-update-0a1b2c3d.safetensors").write_bytes(
+        b"not ours"
+    )  # looks like a file of an update, and is none
     count = len(list(updated.iterdir()))
 
     def held():
