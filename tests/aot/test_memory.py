@@ -38,8 +38,10 @@ SMALL_TILES = {"xla_tpu_control_large_2nd_minor_layout_for_x16": "false"}  # for
         (V5E, "gemma2_2b"),
         (V5P, "gemma2_9b"),
         (V6E, "gemma2_27b"),
+        (V7X, "gemma2_2b"),
         slow(V6E, "gemma2_2b"),
         slow(V5E, "gemma2_27b"),
+        slow(V7X, "gemma2_27b"),
     ],
 )
 def test_tpu_forward_needs_one_array(target, size):
@@ -90,21 +92,19 @@ def test_tpu_scanned_stack_with_float32_parameters_keeps_no_copy_of_the_weights(
     assert gradient_bytes(target, "scanned", "input", "gemma2_2b", param_dtype="float32") <= 690 * MIB
 
 
-# JAX 0.10.2 cannot read what its compiler makes of an unrolled stack.
-UNROLLED = [slow("unrolled", 1030)] if jax.__version_info__ >= (0, 11) else []
-
-
-@pytest.mark.parametrize("save", ["input", slow("gate_up")])
-def test_tpu_7x_scanned_stack_with_small_tiles_keeps_no_copy_of_the_weights(save):
-    """653 and 1,872 MiB. Without the option 1,454 and 2,894: the compiler copies every layer's weights, twice."""
-    bound = {"input": 660, "gate_up": 1880}[save]
-    compiled = compile_gradient(V7X, "scanned", make_config("gemma2_2b", save), options=SMALL_TILES)
+@pytest.mark.parametrize(
+    ("size", "save", "bound"),
+    [("gemma2_2b", "input", 653), slow("gemma2_2b", "gate_up", 1846), slow("gemma2_27b", "input", 2413)],
+)
+def test_tpu_7x_scanned_stack_with_small_tiles_keeps_no_copy_of_the_weights(size, save, bound):
+    """Without the option 1,454 and 2,894 MiB, and 9,829 for 27B: the compiler copies every layer's weights, twice."""
+    compiled = compile_gradient(V7X, "scanned", make_config(size, save), options=SMALL_TILES)
     assert compiled.temp_bytes <= bound * MIB
 
 
-@pytest.mark.parametrize(("stack", "bound"), [("one", 440), *UNROLLED])
+@pytest.mark.parametrize(("stack", "bound"), [("one", 433), slow("unrolled", 685)])
 def test_tpu_7x_gradient_computes_the_weights_gradients_with_each_layer(stack, bound):
-    """432 and 1,022 MiB. Without the barrier on the gradients 585 and 2,201."""
+    """432 and 684 MiB. Without what `_weights_first` does 585 and 1,369."""
     assert gradient_bytes(V7X, stack, "input", "gemma2_2b") <= bound * MIB
 
 
@@ -115,8 +115,8 @@ def test_tpu_scanned_stack_of_27b_fits_a_v5e():
 
 @pytest.mark.slow
 def test_tpu_gradient_of_an_unrolled_stack_needs_less_than_plain():
-    """`input` takes two thirds of plain's 1,418 MiB; `gate_up` takes 1,481."""
-    assert gradient_bytes(V5E, "unrolled", "input", "gemma2_2b") <= 0.66 * 1418 * MIB
+    """`input` takes 649 MiB, half of plain's 1,296; `gate_up` takes 1,405."""
+    assert gradient_bytes(V5E, "unrolled", "input", "gemma2_2b") <= 0.51 * 1296 * MIB
 
 
 @pytest.mark.parametrize(("save", "share"), [("gate_up", 0.42), ("input", 0.22)])
@@ -132,7 +132,7 @@ def test_h200_gradient_in_slices_of_f_needs_less_still(triton):
     assert gradient_bytes("h200", "scanned", "input", "gemma2_2b", triton, chunk_size=1024) <= 0.14 * plain
 
 
-@pytest.mark.parametrize(("save", "share"), [("gate_up", 0.75), ("input", 0.40)])
+@pytest.mark.parametrize(("save", "share"), [("gate_up", 0.67), ("input", 0.34)])
 @pytest.mark.parametrize("triton", [True, slow(False)])
 def test_h200_gradient_of_an_unrolled_stack_needs_less_than_plain(triton, save, share):
     plain = gradient_bytes("h200", "unrolled", "plain", "gemma2_2b", triton)
