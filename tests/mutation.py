@@ -9,21 +9,21 @@ docstrings, annotations, imports, `__all__` and the texts of errors. Every resul
 FOLDER/SEED.jsonl. The same command again goes on where it was stopped. `--again` runs all that survived every step so
 far, with the tests as they are now.
 
-Before any mutant, the tests run on the source as it is. They must pass, and they fill a folder of compiled programs,
-which makes the mutants cheap. Each mutant's tests run in a process that is forked after the libraries have been
-imported. A mutant whose tests run out of time counts as caught.
+Each mutant's tests run in a process that is forked after the libraries have been imported, up to the first failure. A
+test that fails with a mutant must pass without it, or the tool stops. A mutant whose tests run out of time counts as
+caught. Mutants share a folder of compiled programs.
 """
 
 import argparse
 import ast
 import collections
 import contextlib
-import hashlib
 import importlib
 import itertools
 import json
 import os
 import random
+import resource
 import shutil
 import signal
 import sys
@@ -109,6 +109,7 @@ SAME_KIND = """abs barrier checkpoint_name constrain device_get ensure_finite ex
     optimization_barrier over_hidden psum residual_stream round_up sorted stop_gradient sum tuple vary_alike"""
 SAME_KIND_METHODS = """absolute astype copy expanduser lower mean removeprefix removesuffix reshape resolve strip sum
     transpose"""
+SECONDS = 300  # of processor time for the tests of one mutant
 ERRORS = {"require", "explained", "describe"}  # functions with an error's texts; only require's condition is changed
 
 
@@ -225,11 +226,12 @@ def draw(seed, number):
     return chosen
 
 
-def run_tests(copy, tests, marks, limit):
-    """(the exit status of pytest, or None if it took more than `limit` seconds; the first failure; the seconds)."""
-    log, started = copy.with_suffix(".log"), time.monotonic()
+def run_tests(copy, tests, *options):
+    """pytest's exit status (None: it took too long), the test that failed first, and the error's last line."""
+    log = copy.with_suffix(".log")
     if (child := os.fork()) == 0:
         os.setsid()
+        resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS))
         output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(output, 1)
         os.dup2(output, 2)
@@ -238,27 +240,27 @@ def run_tests(copy, tests, marks, limit):
         os.environ["PYTHONPATH"] = f"{copy}:{copy / 'scripts'}"
         import pytest
 
-        options = ["-x", "-q", "-p", "no:cacheprovider", "-m", marks, f"--basetemp={copy}.tmp"]
+        general = ["-x", "-q", "-p", "no:cacheprovider", f"--basetemp={copy}.tmp"]
+        general += ["-W", "ignore::pytest.PytestAssertRewriteWarning"]  # of plugins that LIBRARIES imported
         status = 99
         try:
-            status = int(pytest.main([*options, *(f"tests/{name}.py" for name in tests)]))
-        finally:
-            sys.stdout.flush()
-            os._exit(status)
-    status = None
-    while time.monotonic() - started < limit:
+            status = int(pytest.main([*general, *options, *tests]))
+        except BaseException:
+            traceback.print_exc()
+        sys.stdout.flush()
+        os._exit(status)
+    status, started = None, time.monotonic()
+    while status is None and time.monotonic() - started < 10 * SECONDS:  # other programs use the processors, too
         done, code = os.waitpid(child, os.WNOHANG)
-        if done:
-            status = os.waitstatus_to_exitcode(code)
-            break
+        status = os.waitstatus_to_exitcode(code) if done else None
         time.sleep(0.05)
     with contextlib.suppress(ProcessLookupError):
         os.killpg(child, signal.SIGKILL)  # and the processes that it left
     if status is None:
         os.waitpid(child, 0)
     lines = log.read_text(errors="replace").splitlines()
-    first = next((line for line in lines if line.startswith(("FAILED", "ERROR", "E  "))), "")
-    return status, first[:200], time.monotonic() - started
+    failed = next((line.split(" ", 1)[1] for line in lines if line.startswith(("FAILED tests", "ERROR tests"))), "")
+    return status, *(failed.split(" - ", 1) if " - " in failed else (failed, ""))
 
 
 def tests_of(path, tests, step):
@@ -269,16 +271,15 @@ def tests_of(path, tests, step):
     return list(dict.fromkeys(str(file.relative_to(folder).with_suffix("")) for file in files))
 
 
-def in_processes(function, items, folder, jobs):
-    """Calls function(item, copy) for every item, in processes with a copy of the repository each."""
+def in_processes(function, items, copies):
+    """Calls function(item, copy) for every item, in a process for each copy of the repository."""
     workers = []
-    for job in range(jobs):
-        copy = folder / f"copy{job}"
+    for job, copy in enumerate(copies):
         if worker := os.fork():
             workers.append(worker)
             continue
         try:
-            for item in items[job::jobs]:
+            for item in items[job :: len(copies)]:
                 function(item, copy)
         except BaseException:
             traceback.print_exc()
@@ -294,27 +295,6 @@ def read(file):
 def append(file, result):
     with file.open("a") as lines:
         lines.write(json.dumps(result) + "\n")
-
-
-def time_unchanged(names, step, folder, jobs):
-    """{name: seconds} of the test files on the source as it is, where they must pass. They are run once."""
-
-    def key(name):
-        return [step, name, hashlib.sha1((ROOT / "tests" / f"{name}.py").read_bytes()).hexdigest()]
-
-    def run(name, copy):
-        status, first, seconds = run_tests(copy, [name], MARKS[step], 3600)
-        print(f"unchanged: {name}, status {status}, {seconds:.0f} s {first}", flush=True)
-        if status in (0, 5):
-            append(file, [*key(name), seconds])
-
-    file = folder / "unchanged.jsonl"
-    done = {tuple(row[:3]): row[3] for row in read(file)}
-    in_processes(run, [name for name in names if tuple(key(name)) not in done], folder, jobs)
-    done = {tuple(row[:3]): row[3] for row in read(file)}
-    if failed := [name for name in names if tuple(key(name)) not in done]:
-        sys.exit(f"These tests must pass on the source as it is: {' '.join(failed)}")
-    return {name: done[tuple(key(name))] for name in names}
 
 
 def table(mutants, results):
@@ -366,26 +346,34 @@ def main():
     for name in LIBRARIES.split():
         with contextlib.suppress(ModuleNotFoundError):
             importlib.import_module(name)
-    for job in range(args.jobs):
-        copy = args.folder / f"copy{job}"
+    copies = [args.folder / f"copy{job}" for job in range(args.jobs)]
+    for copy in copies:
         shutil.rmtree(copy, ignore_errors=True)
-        shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".*", "__pycache__"))
-    names = dict.fromkeys(itertools.chain(*(tests for _, tests, *_ in pending)))
-    seconds = time_unchanged(list(names), args.step, args.folder, args.jobs)
+        shutil.copytree(ROOT if copy == copies[0] else copies[0], copy, ignore=shutil.ignore_patterns(".*"))
+        if copy == copies[0]:
+            run_tests(copy, {f"tests/{name}.py" for _, tests, *_ in pending for name in tests}, "--collect-only")
     sys.dont_write_bytecode = True
     os.environ["PYTHONDONTWRITEBYTECODE"] = "1"
+    known = set()  # tests that pass on the source as it is
 
     def run(mutant, copy):
         path, tests, (line, old, new), source = mutant
-        unchanged = (copy / path).read_bytes()
+        unchanged, started = (copy / path).read_bytes(), time.monotonic()
         (copy / path).write_bytes(source)
-        status, first, took = run_tests(copy, tests, MARKS[args.step], 120 + 10 * sum(seconds[name] for name in tests))
+        status, test, error = run_tests(copy, [f"tests/{name}.py" for name in tests], "-m", MARKS[args.step])
         (copy / path).write_bytes(unchanged)
+        if status == 99:
+            raise RuntimeError(f"pytest did not run: see {copy.with_suffix('.log')}.")
+        if test and test not in known:
+            if run_tests(copy, [test], "-m", "", *([] if "::" in test else ["--collect-only"]))[0] != 0:
+                raise RuntimeError(f"{test} must pass on the source as it is.")
+            known.add(test)
         result = {"file": path, "line": line, "old": old, "new": new, "step": args.step, "status": status}
-        append(file, result | {"caught": status not in (0, 5), "seconds": round(took, 1), "first": first})
+        result |= {"caught": status not in (0, 5), "test": test, "error": error[:200]}
+        append(file, result | {"seconds": round(time.monotonic() - started)})
 
     random.Random(0).shuffle(pending)
-    in_processes(run, pending, args.folder, args.jobs)
+    in_processes(run, pending, copies)
     table(mutants, results())
 
 
