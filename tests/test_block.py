@@ -175,3 +175,10 @@ def test_init_makes_what_the_config_asks_for():
     assert params.mlp.down_bias is not None and not jnp.any(params.mlp.down_bias)  # of the same shape as a norm
     stacked = MLPBlockParams.specs(config, layers=3).pre_norm.scale
     assert (stacked.init(jax.random.key(0), stacked.shape, "float32") == jnp.ones((3, 4))).all()
+
+
+def test_recomputed_norms_have_no_barriers():
+    """In an unrolled stack on TPUs barriers would take more memory, which tests/aot measures."""
+    params = MLPBlockParams.init(MLPConfig(8, 16), jax.random.key(0))
+    program = str(jax.make_jaxpr(functools.partial(mlp_block, config=MLPConfig(8, 16)))(params, jnp.ones((2, 8))))
+    assert program.count("prevent_cse=False") == 2 and "prevent_cse=True" not in program

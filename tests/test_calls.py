@@ -1,6 +1,7 @@
 """What a call does before any arithmetic: it takes what JAX takes, explains what it refuses, and is traced once."""
 
 import functools
+import inspect
 import itertools
 
 import jax
@@ -55,6 +56,31 @@ def test_every_call_refuses_a_wrong_dtype_alike(name, dtype, jit, wrong):
     call = jax.jit(call) if jit else call
     with pytest.raises(ValueError, match=rf"x must be an array of bfloat16, float32, float64.*{wrong}\[3, 8\]"):
         call(X.astype(wrong))
+
+
+WRONG = {
+    "activation": "swish",
+    "dtype": "int8",
+    "dropout_rate": 1.5,
+    "save": "everything",
+    "chunk_size": 0,
+    "axis_rules": (("batch", "data"),),
+    "implementation": "triton",
+}
+
+
+@pytest.mark.parametrize(
+    ("function", "option"),
+    [
+        (f, name)
+        for f in (feed_forward, hidden_activations)
+        for name in WRONG
+        if name in inspect.signature(f).parameters
+    ],
+)
+def test_every_option_of_the_functions_is_checked(function, option):
+    with pytest.raises(ValueError, match=f"{option} must"):
+        function(BLOCK.mlp, X, **{option: WRONG[option]})
 
 
 @pytest.mark.parametrize("name", calls(CONFIG))

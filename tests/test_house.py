@@ -85,6 +85,9 @@ print(*{"jax.experimental.pallas", "orbax.checkpoint", "tensorstore"} & set(sys.
 
 
 def test_public_names_are_there():
+    for name in modules():
+        module = importlib.import_module(f"gemma_mlp.{name}".removesuffix("."))
+        assert all(hasattr(module, public) for public in getattr(module, "__all__", ())), name
     assert all(hasattr(gemma_mlp, name) for name in gemma_mlp.__all__)
     assert (PACKAGE / "py.typed").exists()
 

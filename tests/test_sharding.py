@@ -390,3 +390,9 @@ class TestAmongStrangers:
         assert sharding.named_shardings(boxed, mesh, OTHERS)["a"].value.spec == jax.P("x", None)
         with pytest.raises(ValueError, match=r"They know batch.*Got: heads"):
             sharding.named_shardings({"a": nn.Partitioned(jnp.zeros((2, 8)), ("x", "heads"))}, mesh, OTHERS)
+
+
+def test_a_tree_without_logical_axes_is_refused():
+    params = MLPParams.init(CONFIG, jax.random.key(0))
+    with pytest.raises(ValueError, match=r"Shardings follow from logical axes.*a tree of arrays alone"):
+        sharding.named_shardings(params, make_mesh(4, 2), sharding.RULES)

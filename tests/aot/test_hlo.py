@@ -136,6 +136,16 @@ def test_trip_counts_are_derived_from_the_counter(old, new, permutes):
     assert times(LOOPS.replace(old, new)) == {"collective-permute": permutes, "all-gather": 5}
 
 
+@pytest.mark.parametrize("move", ["bitcast", "convert", "copy", "copy-done", "copy-start"])
+@pytest.mark.parametrize("moved", ["%i", "%nine", "%unit"], ids=["counter", "bound", "step"])
+def test_a_counter_is_followed_through_every_move(move, moved):
+    """The counter, the bound and the step of the inner loop each pass through a move before they are used."""
+    use = "ROOT %less = pred[] compare(%i, %nine)" if moved == "%nine" else "%once = s32[] add(%i, %unit)"
+    assert LOOPS.count(use) == 1
+    text = LOOPS.replace(use, f"%moved = s32[] {move}({moved})\n  {use.replace(moved, '%moved')}")
+    assert times(text) == {"collective-permute": 5 * 4, "all-gather": 5}
+
+
 # The branches of two conditionals, in both forms that XLA writes, and a call: each runs inside a loop of 5 turns.
 BRANCHES = """
 %yes (p: f32[8]) -> f32[8] {

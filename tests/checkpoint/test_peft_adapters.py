@@ -234,6 +234,8 @@ def test_what_is_not_written(tmp_path):
     adapter = layouts.Adapter(jnp.ones((D, RANK)), jnp.ones((RANK, F)))
     with pytest.raises(ValueError, match="must be adapters"):
         checkpoint.write_adapters(tmp_path / "new", {})
+    with pytest.raises(ValueError, match=r"must be for one of gate_proj, up_proj, down_proj.*for q_proj of layer 0"):
+        checkpoint.write_adapters(tmp_path / "new", {0: {"q_proj": adapter}})
     with pytest.raises(ValueError, match=r"lora_a float32\[2, 4\]"):
         checkpoint.write_adapters(tmp_path / "new", {0: {"up_proj": adapter._replace(lora_a=jnp.ones((RANK, D)))}})
     with pytest.raises(ValueError, match="must be finite"):

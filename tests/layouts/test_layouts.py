@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -314,6 +315,16 @@ def test_a_tree_that_is_not_right_is_refused(name):
     path, value, message = ERRORS[name]
     with pytest.raises(ValueError, match=message):
         layouts.from_tree(change(flax_nnx(arrays()), path, value), layouts.tunix(CONFIG))
+
+
+@pytest.mark.parametrize("name", TREES)
+def test_every_module_of_the_block_holds_only_its_own_tensors(name):
+    layout, by_hand, config = TREES[name]
+    tensors = layouts.flatten(by_hand(arrays(config)), layout.separator)
+    for own in tensors:
+        other = layout.separator.join([*own.split(layout.separator)[:-1], "other"])
+        with pytest.raises(ValueError, match=rf"Modules must hold only.*{re.escape(other)}"):
+            layouts.from_tree(tensors | {other: np.zeros(3, "float32")}, layout)
 
 
 def test_an_empty_tree_names_what_was_looked_for():

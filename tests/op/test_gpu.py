@@ -16,7 +16,7 @@ import pytest
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from gemma_mlp import ACTIVATIONS, MLPConfig, feed_forward, mlp_hidden
+from gemma_mlp import ACTIVATIONS, MLPConfig, MLPParams, feed_forward, mlp, mlp_hidden
 from gemma_mlp.op import choose, gpu_kernels
 from gemma_mlp.testing import oracle
 from gemma_mlp.testing.oracle import relative_error
@@ -268,3 +268,15 @@ def test_hopper_devices_are_served(kind):
     with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((1,), ("chip",), abstract_device=device)):
         (h,) = jax.eval_shape(lambda *args: gpu_kernels.hidden(*args, activation="silu", save_gate_up=False), *args)
     assert h.shape == (64, 128)
+
+
+@pytest.mark.parametrize("save", ["input", "gate_up"])
+def test_gradients_are_traced_also_where_the_interpreter_cannot_run_them(save):
+    config = MLPConfig(64, 128, dtype="bfloat16", param_dtype="bfloat16", save=save, implementation="pallas")
+    params = jax.eval_shape(lambda: MLPParams.init(config, jax.random.key(0)))
+    x = jax.ShapeDtypeStruct((2, 32, 64), "bfloat16")
+    device = jax.sharding.AbstractDevice(device_kind="NVIDIA H200", num_cores=132, platform="gpu")
+    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((1,), ("chip",), abstract_device=device)):
+        gradients = jax.eval_shape(jax.grad(lambda *args: mlp(*args, config).sum(), argnums=(0, 1)), params, x)
+    expected = jax.tree.map(lambda a: (a.shape, a.dtype), (params, x))
+    assert jax.tree.map(lambda a: (a.shape, a.dtype), gradients) == expected

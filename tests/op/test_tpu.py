@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import importlib
 import itertools
+import math
 from types import SimpleNamespace
 
 import jax
@@ -308,6 +309,51 @@ def test_blocks_fill_the_chips_memory(version, cores, preset, tokens, forward, b
     """Blocks are (tokens, F, rows that are computed at a time)."""
     for module, expected in ((tpu_forward, forward), (tpu_backward, backward)):
         assert blocks_of(monkeypatch, module, version, cores, preset, tokens) == expected
+
+
+KERNELS = {  # name: (the kernel, the shapes of its arguments)
+    "forward": (functools.partial(tpu_forward.fused_forward, save_gate_up=False), ("TD", "DF", "DF", "FD")),
+    "forward, gate_up": (functools.partial(tpu_forward.fused_forward, save_gate_up=True), ("TD", "DF", "DF", "FD")),
+    "hidden": (tpu_forward.hidden_only, ("TD", "DF", "DF")),
+    "backward": (tpu_backward.fused_backward, ("TD", "TD", "DF", "DF", "FD")),
+    "backward, gate_up": (tpu_backward.backward_from_saved, ("TD", "TF", "TF", "FD")),
+}
+
+
+@pytest.mark.parametrize("chip_version", [V5E, V5P], ids=lambda version: version.name)
+@pytest.mark.parametrize("name", KERNELS)
+def test_buffers_fit_into_the_chips_memory(name, chip_version, monkeypatch):
+    """In bfloat16, at 27B. There are two buffers for each block that is read or written, and the scratch."""
+    info, pallas_call, taken = pltpu.get_tpu_info_for_chip(chip_version, 1), pl.pallas_call, []
+
+    def measured(*args, in_specs, out_specs, out_shape, scratch_shapes, **options):
+        def call(*arrays):
+            blocks = [*zip(arrays, in_specs), *zip(out_shape, out_specs)]
+            taken.extend(2 * a.dtype.itemsize * math.prod(s.block_shape) for a, s in blocks if s.block_shape)
+            scratch = (s for s in scratch_shapes if s.memory_space == pltpu.VMEM)
+            taken.extend(math.prod(s.shape) * jnp.dtype(s.dtype).itemsize for s in scratch)
+            return kernel(*arrays)
+
+        specs = {"in_specs": in_specs, "out_specs": out_specs, "out_shape": out_shape}
+        kernel = pallas_call(*args, **specs, scratch_shapes=scratch_shapes, **options)
+        return call
+
+    monkeypatch.setattr(pltpu, "get_tpu_info", lambda: info)
+    monkeypatch.setattr(pl, "pallas_call", measured)
+    kernel, words = KERNELS[name]
+    sizes = {"T": 8192, "D": PRESETS["gemma2_27b"].embed_dim, "F": PRESETS["gemma2_27b"].hidden_dim}
+    arrays = (jax.ShapeDtypeStruct(tuple(sizes[axis] for axis in word), "bfloat16") for word in words)
+    jax.eval_shape(functools.partial(kernel, activation="gelu_tanh"), *arrays)
+    assert 0 < sum(taken) <= info.vmem_capacity_bytes * 15 / 16
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_the_precision_of_a_matmul(dtype):
+    """Mosaic refuses all but the default for bfloat16. In float32 it is what the user has chosen."""
+    a = jnp.ones((16, 128), dtype)
+    (equation,) = jax.make_jaxpr(lambda a: tpu_blocks.dot(a, a, (1,), (1,)))(a).eqns
+    expected = jax.lax.Precision.DEFAULT if dtype == "bfloat16" else jax.lax.Precision.HIGHEST  # conftest.py's
+    assert equation.params["precision"] == (expected, expected)
 
 
 @pytest.mark.parametrize(

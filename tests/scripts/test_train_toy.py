@@ -1,6 +1,8 @@
 """train_toy.py: it learns, it continues exactly, and it refuses to mix runs."""
 
+import dataclasses
 import json
+import lzma
 import re
 import subprocess
 
@@ -9,8 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from byte_decoder import data, language_model
+from byte_decoder.placement import ONE_DEVICE
 from compare_activations import heldout
-from train_toy import records, run, yardsticks
+from matplotlib.figure import Figure
+from train_toy import processes, records, run, yardsticks
 from train_toy.run import train
 
 from tests.scripts.toy import (
@@ -19,6 +23,7 @@ from tests.scripts.toy import (
     check_records,
     check_same_runs,
     config,
+    final_state,
     flags,
     interrupt_at,
     kill_after_step,
@@ -36,6 +41,61 @@ def test_a_run_learns_and_leaves_its_records(finished):
     first, *_, last = (record["train_bits_per_byte"] for record in metrics(workdir) if "train_bits_per_byte" in record)
     assert first > 8 and last < 7  # a guess among 256 bytes costs 8 bits
     assert summary["heldout_bits_per_byte"] < 7
+
+
+def test_the_summary_describes_the_text_and_the_model(text, finished):
+    workdir, summary = finished
+    heldout = text.read_bytes()[-summary["heldout_bytes"] :]
+    assert summary["train_bytes"] + summary["heldout_bytes"] == len(text.read_bytes())
+    assert summary["unigram_bits_per_byte"] == yardsticks.unigram_bits_per_byte(np.frombuffer(heldout, np.uint8))
+    size = sum(leaf.size for leaf in jax.tree.leaves(final_state(workdir)["params"]))
+    assert summary["parameters"] == summary["trained_parameters"] == size
+    assert summary["steps"] == SMALL["steps"] and summary["seconds"] > 0
+
+
+def test_the_last_two_checkpoints_are_there(finished):
+    assert sorted(int(path.name) for path in (finished[0] / "checkpoints").iterdir()) == [30, 40]
+
+
+def test_the_first_step_trains_on_the_first_windows():
+    corpus, settings = data.Corpus(np.arange(200, dtype=np.uint8), np.zeros(1, np.uint8)), config("unused", "")
+    batch, expected = (
+        run.make_batches(corpus, settings, ONE_DEVICE),
+        data.training_batches(corpus.train, settings.seq_len, settings.batch_size, settings.seed),
+    )
+    for step in (1, 2, 7):
+        np.testing.assert_array_equal(batch(step), expected[step - 1])
+
+
+def test_the_configuration_of_a_run_cannot_be_changed():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config("unused", "").steps = 1
+
+
+def test_the_figure_shows_the_records_and_the_yardsticks(tmp_path, monkeypatch):
+    figures = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: figures.append(figure))
+    metrics = [{"step": step, "train_bits_per_byte": 8 - step} for step in (1, 2, 3)]
+    metrics.append({"step": 3, "heldout_bits_per_byte": 5.5})
+    records.plot_loss(tmp_path / "loss.png", metrics, {"unigram entropy": 4.5, "xz -9e": 1.75})
+    (axes,) = figures[0].axes
+    assert (axes.get_xlabel(), axes.get_ylabel(), axes.get_ylim()[0]) == ("step", "bits per byte", 0)
+    lines = {line.get_label(): np.transpose(line.get_data()).tolist() for line in axes.lines}
+    assert lines == {
+        "training batch": [[1, 7], [2, 6], [3, 5]],
+        "held out": [[3, 5.5]],
+        "unigram entropy: 4.50": [[0, 4.5], [1, 4.5]],  # from one edge to the other
+        "xz -9e: 1.75": [[0, 1.75], [1, 1.75]],
+    }
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == list(lines)
+    assert len({line.get_linestyle() for line in axes.lines[1:]}) == 3
+
+
+def test_an_error_of_the_only_process_is_raised(monkeypatch):
+    """With several, the process ends at once."""
+    monkeypatch.setattr(processes.os, "_exit", lambda status: pytest.fail(f"ended with status {status}"))
+    with pytest.raises(jax.errors.JaxRuntimeError, match="boom"), processes.all_or_none():
+        raise jax.errors.JaxRuntimeError("boom")
 
 
 @pytest.mark.slow
@@ -262,6 +322,9 @@ class TestData:
         (tmp_path / "text" / "a.txt").write_bytes(b"some text")
         with pytest.raises(ValueError, match=r"config.workdir must not be config.data"):
             data.load_corpus(str(tmp_path), 0.25, 1000, tmp_path)
+        (tmp_path / "link").symlink_to(tmp_path)
+        with pytest.raises(ValueError, match=r"config.workdir must not be config.data"):
+            data.load_corpus(str(tmp_path / "link"), 0.25, 1000, tmp_path)
         inside = data.load_corpus(str(tmp_path / "text"), 0.25, 1000, tmp_path)  # which the run does not write into
         assert inside.about.startswith("1 files")
 
@@ -318,3 +381,8 @@ class TestYardsticks:
         fresh = np.random.default_rng(1).integers(0, 256, 20_000).astype(np.uint8)
         assert yardsticks.xz_bits_per_byte(noise, noise) < 0.2
         assert yardsticks.xz_bits_per_byte(noise, fresh) == pytest.approx(8, abs=0.05)
+
+    def test_the_history_is_what_xz_looks_back_on(self):
+        """Byte 16 of a file is its dictionary's size (section 5.3.1 of tukaani.org/xz/xz-file-format.txt)."""
+        bits = lzma.compress(b"x", preset=9 | lzma.PRESET_EXTREME)[16]
+        assert (2 | bits & 1) << bits // 2 + 11 == yardsticks.HISTORY == 2**26
