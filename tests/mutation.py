@@ -7,7 +7,7 @@
 The draw is uniform over all changes that `changes` finds, after one change to each file of TESTS. It leaves out
 docstrings, annotations, imports, `__all__` and the texts of errors. Every result is written at once to
 FOLDER/SEED.jsonl. The same command again goes on where it was stopped. `--again` runs all that survived every step so
-far, with the tests as they are now.
+far, with the tests as they are now. The last lines name the survivors, and count by folder.
 
 Each mutant's tests run in a process that is forked after the libraries have been imported, up to the first failure. A
 test that fails with a mutant must pass without it, or the tool stops. A mutant whose tests run out of time counts as
@@ -120,7 +120,11 @@ def changed_nodes(tree):
             continue
         if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
             continue  # a docstring
-        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__":
+        if isinstance(node, ast.Assign | ast.AugAssign) and ast.unparse(node).startswith("__all__"):
+            continue
+        if isinstance(node, ast.Constant) and " " in str(node.value):
+            continue  # a text, most often that of an error
+        if isinstance(node, ast.Call) and ast.unparse(node.func) in ("TypeVar", "ParamSpec"):
             continue
         if isinstance(node, ast.arg) or (node is getattr(tree, "annotation", None)):
             continue
@@ -283,9 +287,11 @@ def in_processes(function, items, copies):
                 function(item, copy)
         except BaseException:
             traceback.print_exc()
+            os._exit(1)
         os._exit(0)
-    for worker in workers:
-        os.waitpid(worker, 0)
+    statuses = [os.waitpid(worker, 0)[1] for worker in workers]
+    if any(statuses):
+        sys.exit("A process has ended early.")
 
 
 def read(file):
@@ -297,18 +303,21 @@ def append(file, result):
         lines.write(json.dumps(result) + "\n")
 
 
-def table(mutants, results):
+def report(mutants, results):
+    """Prints what survived so far, and a table of the numbers by folder."""
     counts = collections.defaultdict(collections.Counter)
     for path, _, change, _ in mutants:
         found = results.get((path, *change), {})
+        if found and not any(result["caught"] for result in found.values()):
+            print(f"survived {', '.join(found)}: {path}:{change[0]}: {change[1]!r} -> {change[2]!r}")
         for name in (str(Path(path).parent), "all"):
+            counts[name]["run"] += bool(found)
             counts[name]["mutants"] += 1
             counts[name]["quick"] += any(found.get(step, {}).get("caught") for step in ("quick", "wide"))
             counts[name]["caught"] += any(result["caught"] for result in found.values())
-    print(f"{'folder':24} {'mutants':>8} {'by quick':>9} {'by all':>8} {'survived':>9}")
+    print(f"{'folder':24} {'mutants':>8} {'run':>8} {'by quick':>9} {'by all':>8}")
     for name, row in counts.items():
-        survived = row["mutants"] - row["caught"]
-        print(f"{name:24} {row['mutants']:8} {row['quick']:9} {row['caught']:8} {survived:9}")
+        print(f"{name:24} {row['mutants']:8} {row['run']:8} {row['quick']:9} {row['caught']:8}")
 
 
 def main():
@@ -374,7 +383,7 @@ def main():
 
     random.Random(0).shuffle(pending)
     in_processes(run, pending, copies)
-    table(mutants, results())
+    report(mutants, results())
 
 
 if __name__ == "__main__":
