@@ -311,20 +311,46 @@ def test_blocks_fill_the_chips_memory(version, cores, preset, tokens, forward, b
         assert blocks_of(monkeypatch, module, version, cores, preset, tokens) == expected
 
 
-KERNELS = {  # name: (the kernel, the shapes of its arguments)
-    "forward": (functools.partial(tpu_forward.fused_forward, save_gate_up=False), ("TD", "DF", "DF", "FD")),
-    "forward, gate_up": (functools.partial(tpu_forward.fused_forward, save_gate_up=True), ("TD", "DF", "DF", "FD")),
-    "hidden": (tpu_forward.hidden_only, ("TD", "DF", "DF")),
-    "backward": (tpu_backward.fused_backward, ("TD", "TD", "DF", "DF", "FD")),
-    "backward, gate_up": (tpu_backward.backward_from_saved, ("TD", "TF", "TF", "FD")),
+KERNELS = {  # name: (the kernel, the shapes of its arguments, its blocks for a very wide model on a v5p)
+    "forward": (
+        functools.partial(tpu_forward.fused_forward, save_gate_up=False),
+        ("TD", "DF", "DF", "FD"),
+        (256, 256, 256),
+    ),
+    "forward, gate_up": (
+        functools.partial(tpu_forward.fused_forward, save_gate_up=True),
+        ("TD", "DF", "DF", "FD"),
+        (256, 256, 256),
+    ),
+    "hidden": (tpu_forward.hidden_only, ("TD", "DF", "DF"), (1024, 256, 512)),
+    "backward": (tpu_backward.fused_backward, ("TD", "TD", "DF", "DF", "FD"), (128, 128, 128)),
+    "backward, gate_up": (tpu_backward.backward_from_saved, ("TD", "TF", "TF", "FD"), (128, 512, 128)),
 }
+
+
+def trace_kernel(monkeypatch, name, version, embed_dim, hidden_dim):
+    info = pltpu.get_tpu_info_for_chip(version, 1)
+    monkeypatch.setattr(pltpu, "get_tpu_info", lambda: info)
+    kernel, words, _ = KERNELS[name]
+    sizes = {"T": 8192, "D": embed_dim, "F": hidden_dim}
+    arrays = (jax.ShapeDtypeStruct(tuple(sizes[axis] for axis in word), "bfloat16") for word in words)
+    jax.eval_shape(functools.partial(kernel, activation="gelu_tanh"), *arrays)
+    return info.vmem_capacity_bytes
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_every_kernel_takes_smaller_blocks_of_a_wide_model(name, monkeypatch):
+    chosen, choose = [], tpu_blocks.choose_blocks
+    monkeypatch.setattr(tpu_blocks, "choose_blocks", lambda *args: chosen.append(choose(*args)) or chosen[-1])
+    trace_kernel(monkeypatch, name, V5P, 8192, 4096)
+    assert chosen == [KERNELS[name][2]]
 
 
 @pytest.mark.parametrize("chip_version", [V5E, V5P], ids=lambda version: version.name)
 @pytest.mark.parametrize("name", KERNELS)
 def test_buffers_fit_into_the_chips_memory(name, chip_version, monkeypatch):
-    """In bfloat16, at 27B. There are two buffers for each block that is read or written, and the scratch."""
-    info, pallas_call, taken = pltpu.get_tpu_info_for_chip(chip_version, 1), pl.pallas_call, []
+    """At 27B. There are two buffers for each block that is read or written, and the scratch."""
+    pallas_call, taken, size = pl.pallas_call, [], PRESETS["gemma2_27b"]
 
     def measured(*args, in_specs, out_specs, out_shape, scratch_shapes, **options):
         def call(*arrays):
@@ -338,13 +364,9 @@ def test_buffers_fit_into_the_chips_memory(name, chip_version, monkeypatch):
         kernel = pallas_call(*args, **specs, scratch_shapes=scratch_shapes, **options)
         return call
 
-    monkeypatch.setattr(pltpu, "get_tpu_info", lambda: info)
     monkeypatch.setattr(pl, "pallas_call", measured)
-    kernel, words = KERNELS[name]
-    sizes = {"T": 8192, "D": PRESETS["gemma2_27b"].embed_dim, "F": PRESETS["gemma2_27b"].hidden_dim}
-    arrays = (jax.ShapeDtypeStruct(tuple(sizes[axis] for axis in word), "bfloat16") for word in words)
-    jax.eval_shape(functools.partial(kernel, activation="gelu_tanh"), *arrays)
-    assert 0 < sum(taken) <= info.vmem_capacity_bytes * 15 / 16
+    capacity = trace_kernel(monkeypatch, name, chip_version, size.embed_dim, size.hidden_dim)
+    assert 0 < sum(taken) <= capacity * 15 / 16
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
