@@ -25,7 +25,7 @@ from gemma_mlp.op import matmuls
 from gemma_mlp.op.backend import Op
 from gemma_mlp.testing import oracle
 from gemma_mlp.testing.oracle import relative_error
-from gemma_mlp.weights import dense
+from gemma_mlp.weights import dense, require_sound
 from tests.support import weights
 from tests.support.cases import EMBED_DIM, FLOAT32_BOUND, FLOOR_FACTOR, HIDDEN_DIM, SAVES, case
 from tests.support.vary import slow, vary
@@ -154,6 +154,21 @@ def test_a_cpu_dequantises_an_eighth_at_once(kind, transpose):
     text = jax.jit(multiply).lower(jnp.ones((2, 1024), "bfloat16"), weight).as_text()
     slice_type = "128x1024xbf16" if transpose else "1024x128xbf16"
     assert slice_type in text and "1024x1024xbf16" not in text
+
+
+@pytest.mark.parametrize("lead", [(), (3,), (2, 3)])
+def test_the_arrays_of_a_weight_fit_together_in_stacks_too(lead):
+    def array(*shape, dtype="float32"):
+        return jax.ShapeDtypeStruct((*lead, *shape), dtype)
+
+    base = QuantizedWeight(array(8, 6, dtype="int8"), array(2, 6))
+    require_sound("up_proj", LoRAWeight(base, array(8, 2), array(2, 6), 1.0))
+    for a, b in [((6, 2), (2, 6)), ((8, 2), (2, 8)), ((8, 3), (2, 6))]:
+        with pytest.raises(ValueError, match=r"lora_a \[8, rank\] and lora_b \[rank, 6\]"):
+            require_sound("up_proj", LoRAWeight(base, array(*a), array(*b), 1.0))
+    for scale in [(3, 6), (2, 8), (0, 6)]:
+        with pytest.raises(ValueError, match="scale"):
+            require_sound("up_proj", QuantizedWeight(base.qvalue, array(*scale)))
 
 
 class TestFrozen:

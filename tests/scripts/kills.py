@@ -32,7 +32,7 @@ from tests.support import huggingface_folder
 from tests.support.by_hand import arrays, equal, params
 
 IN_A_ROW = 3  # kills follow one another at most
-TRAINING = toy.SMALL | {"steps": 60, "checkpoint_every": 5}
+TRAINING = toy.SMALL | {"steps": 300, "checkpoint_every": 10}
 SHARDS, LAYERS, SIZES = 4, 8, MLPConfig(embed_dim=512, hidden_dim=2048)  # 50 MB in bfloat16
 UPDATES = """
 # For each line "SOURCE FOLDER" a fresh process updates FOLDER. This one only imports, which takes most of the time.
@@ -73,6 +73,7 @@ def kill_training_runs(kills, rng, folder):
         for _ in range(min(rng.integers(1, IN_A_ROW + 1), kills - done)):
             if not run_and_kill(command, workdir, rng.uniform(0, cpu_seconds)):
                 print("  ended before its kill", flush=True)
+                latest = TRAINING["steps"]
                 break
             before, latest = latest, checkpoints.latest_step(str(workdir)) or 0
             assert latest >= before, "the kill took a checkpoint"
