@@ -327,6 +327,9 @@ class TestArgumentsOfTheCall:
         assert f"{spec}" in program or "PartitionSpec(('data', 'fsdp'), None, 'tensor')" in program
         assert y.sharding.is_equivalent_to(out, 3)
         assert_close(y, expected)
+        with jax.set_mesh(mesh):  # of an x without a batch
+            merged = nnx.merge(graphdef, state)
+            assert_close(jax.jit(lambda x: merged(x, intermediate_sharding=P("data", "tensor")))(X[0]), expected[0])
         with jax.set_mesh(mesh), pytest.raises(ValueError, match="its length and its last axis"):
             module(X[0, 0], intermediate_sharding=P("tensor"))
 
@@ -366,6 +369,11 @@ def setter(path, value):
         (changed(setter("up_proj.kernel", nnx.Param(jnp.ones((D, 2, F))))), CONFIG, r"Got: float32\[16, 2, 256\]"),
         (changed(setter("up_proj.kernel", nnx.Dict(qvalue=nnx.Param(jnp.ones(2))))), CONFIG, r"before it is quantised"),
         (FlaxExample(nnx.Rngs(0), precision="highest"), CONFIG, r"precision 'highest'"),
+        (
+            changed(setter("wo.matmul_precision", "highest"), MaxText),
+            CONFIG,
+            r"matmul_precision 'highest'",
+        ),
         (FlaxExample(nnx.Rngs(0), dot_general=lambda *a, **k: None), CONFIG, r"gate_proj must be a plain matmul"),
     ],
 )

@@ -304,11 +304,17 @@ class TestDropout:
         assert relative_error(dparams.gate_proj, expected) <= FLOAT32_BOUND
 
     def test_a_rate_without_a_key_is_refused(self):
-        with pytest.raises(ValueError, match="needs a dropout_key, which draws the mask"):
-            self.hidden(None, dropout_rate=self.rate)
+        params, x, _ = self.hidden(None)
+        for function in (feed_forward, hidden_activations):
+            with pytest.raises(ValueError, match="needs a dropout_key, which draws the mask"):
+                function(params, x, dropout_rate=self.rate)
 
     def test_a_rate_of_zero_changes_nothing(self):
         np.testing.assert_array_equal(self.hidden(jax.random.key(0))[2], self.hidden(None)[2])
+        params, x, _ = self.hidden(None)
+        for function in (feed_forward, hidden_activations):  # and draws no mask
+            program = jax.make_jaxpr(functools.partial(function, dropout_key=jax.random.key(0)))(params, x)
+            assert "random_bits" not in str(program)
 
 
 def test_hidden_activations_equal_the_oracle():

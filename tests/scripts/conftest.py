@@ -37,4 +37,6 @@ def text(tmp_path_factory):
 def finished(text, tmp_path_factory):
     """(folder, summary) of a run on one device."""
     workdir = tmp_path_factory.mktemp("finished")
-    return workdir, train(toy.config(workdir, text))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(workdir.parent)  # Orbax takes no relative paths, but people give them
+        return workdir, train(toy.config(workdir.name, text))
