@@ -26,7 +26,7 @@ def _interrupt(_signal, _frame) -> NoReturn:
     raise KeyboardInterrupt
 
 
-if Path(sys.argv[0]).absolute().parent == Path(__file__).absolute().parent:  # not in tests that import this file
+if Path(sys.argv[0]).resolve().parent == Path(__file__).resolve().parent:  # not in tests that import this file
     signal.signal(signal.SIGINT, _end_at_once)
 
 
