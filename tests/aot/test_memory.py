@@ -41,7 +41,6 @@ SMALL_TILES = {"xla_tpu_control_large_2nd_minor_layout_for_x16": "false"}  # for
         (V7X, "gemma2_2b"),
         slow(V6E, "gemma2_2b"),
         slow(V5E, "gemma2_27b"),
-        slow(V7X, "gemma2_27b"),
     ],
 )
 def test_tpu_forward_needs_one_array(target, size):
