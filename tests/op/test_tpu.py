@@ -187,7 +187,9 @@ def test_each_tag_is_there_once(save, chip):
     assert {tag: program.count(f"name={tag}") for tag in tags} == tags
 
 
-@pytest.mark.parametrize(("save", "kernel"), [("input", "geglu_gradients"), ("gate_up", "geglu_gradients_from_saved")])
+@pytest.mark.parametrize(
+    ("save", "kernel"), [("input", "geglu_gradients"), slow("gate_up", "geglu_gradients_from_saved")]
+)
 def test_the_backward_kernel_runs_where_all_gradients_are_wanted(save, kernel, simple_chip):
     """It computes those of all weights, so XLA takes over where one is not wanted."""
     arrays, x, _ = case((70,))
@@ -200,6 +202,7 @@ def test_the_backward_kernel_runs_where_all_gradients_are_wanted(save, kernel, s
     assert f"name={kernel}\n" in program(0, 1) and "name=geglu_gradients" not in program(1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("save", first_is_quick(["input", "gate_up"]))
 def test_a_rematerialised_scan_is_that_of_xla(save, simple_chip):
     config = MLPConfig(EMBED_DIM, HIDDEN_DIM, save=save)

@@ -145,6 +145,7 @@ def raising(params, x):
     raise RuntimeError("no such kernel")
 
 
+@pytest.mark.slow
 def test_wrong_and_failing_contestants_are_reported_and_not_timed(monkeypatch):
     layers_of = timing.layers_of
     broken = {

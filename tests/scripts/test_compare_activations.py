@@ -151,6 +151,7 @@ def test_killed_and_continued_gives_the_same_table(smoke, tmp_path):
     assert tables(tmp_path)["expressiveness"] == tables(whole)["expressiveness"]
 
 
+@pytest.mark.slow
 def test_an_unknown_name_is_explained(tmp_path):
     done = subprocess.run(command(tmp_path, "contestants=('relu','mish')"), capture_output=True, text=True)
     assert done.returncode != 0 and "config.contestants must be among geglu_tanh, " in done.stderr
