@@ -1,6 +1,6 @@
 """The default of scripts/train_toy.py: a byte-level decoder that is small enough for the CPU of a laptop.
 
-Set any field on the command line, for example --config.steps=3000. `--help` shows the comment beside each field.
+Set any field on the command line, for example --config.steps=3000. `--help` shows the comment next to each field.
 """
 
 import ml_collections

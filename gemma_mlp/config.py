@@ -82,7 +82,7 @@ class MLPConfig:
       weight_dtype: None: the three weights are stored in `param_dtype`. `int8`, `int4` or `float8_e4m3fn`: they are
         quantised, as by :func:`gemma_mlp.quantize`, and frozen; their scales are stored in `param_dtype`.
       group_size: how many numbers along a quantised weight's first axis share a scale. None: all of them.
-      lora: adapters that the modules make beside the weights, in `param_dtype`. None: none.
+      lora: adapters that the modules make next to the weights, in `param_dtype`. None: none.
 
     Raises:
       ValueError: at construction, for any other value.

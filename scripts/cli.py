@@ -23,7 +23,7 @@ KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "
 
 
 class Field(NamedTuple):
-    """A setting in a config file: its default, and the comment that stands beside it."""
+    """A setting in a config file: its default, and the comment next to it."""
 
     default: Any
     help: str

@@ -122,7 +122,8 @@ def update_huggingface(
 ) -> None:
     """Writes layers back into a Hugging Face folder. Every other tensor and all metadata stay as they are.
 
-    If the update is interrupted at any moment, the folder holds the old checkpoint or the new one.
+    If the update is interrupted at any moment, the folder holds the old checkpoint or the new one. Files that a killed
+    update has left are removed first, unless the file system has no locks to tell them from those of another update.
 
     Args:
       folder: as for :func:`read_huggingface`.

@@ -160,7 +160,7 @@ def _weights_first(dparams, dx_BD):
 
 
 def _gradients_of_slice(op, params, wanted, x_BD, mask_BF, saved, dy_BD):
-    """This slice's gradients of the parameters, but for down_bias, and its share of x's, not yet rounded."""
+    """This slice's gradients of the parameters, except down_bias, and its share of x's, not yet rounded."""
     if saved and op.backend.weight_backward is not None:
         dgate_BF, dup_BF, ddown_FD = op.backend.weight_backward(op, params, dy_BD.astype(op.dtype), *saved)
     else:

@@ -5,7 +5,6 @@
 
 import functools
 import json
-import os
 import shutil
 
 import numpy as np
@@ -15,7 +14,7 @@ from gemma_mlp import checkpoint, layouts
 from gemma_mlp.checkpoint import safetensors_folder
 from tests.support.by_hand import CONFIG, D, F, arrays, params
 from tests.support.disk import check_every_crash
-from tests.support.huggingface_folder import load, write
+from tests.support.huggingface_folder import killed_after_the_rename, load, write
 
 NEW = arrays()[::-1]
 
@@ -74,23 +73,12 @@ def test_a_second_update(tmp_path):
     check(tmp_path, lambda folder: checkpoint.update_huggingface(folder, params(arrays())))
 
 
-class Killed(BaseException):
-    pass
-
-
-def test_an_update_after_a_killed_one(tmp_path, monkeypatch):
+def test_an_update_after_a_killed_one(tmp_path):
     """The first was killed when the new names were in place and not yet on the disk. Its old files are still needed."""
     write(tmp_path / "root", arrays(), 3)
 
     def write_twice(folder):
-        replace = os.replace
-
-        def killed(*paths):
-            replace(*paths)
-            raise Killed
-
-        with monkeypatch.context() as patch, pytest.raises(Killed):
-            patch.setattr(os, "replace", killed)
+        with killed_after_the_rename():
             checkpoint.update_huggingface(folder, params(NEW))
         checkpoint.update_huggingface(folder, params(NEW))
 

@@ -15,7 +15,7 @@ import safetensors.numpy
 from gemma_mlp import MLPConfig, checkpoint, disk, layouts
 from gemma_mlp.checkpoint import loading, safetensors_folder
 from tests.support.by_hand import CONFIG, GEMMA1, LAYERS, D, F, arrays, equal, huggingface, params
-from tests.support.huggingface_folder import SETTINGS, load, others, save, write
+from tests.support.huggingface_folder import SETTINGS, Killed, killed_after_the_rename, load, others, save, write
 
 
 @pytest.mark.parametrize("shards", [1, 3])
@@ -236,10 +236,6 @@ def test_an_update_that_does_not_fit_changes_nothing(tmp_path):
     assert {path: path.read_bytes() for path in folder.iterdir()} == before
 
 
-class Killed(BaseException):
-    pass
-
-
 WRITE_TEXT, COPYFILE, CLOSE = safetensors_folder.Path.write_text, shutil.copyfile, os.close
 
 
@@ -298,16 +294,9 @@ def check_updated(folder, new, shards):
 
 
 @pytest.mark.parametrize("shards", [1, 3])
-def test_an_update_killed_right_after_the_rename_leaves_the_new(tmp_path, monkeypatch, shards):
+def test_an_update_killed_right_after_the_rename_leaves_the_new(tmp_path, shards):
     folder, new = write(tmp_path, arrays(), shards), arrays()[::-1]
-    replace = os.replace
-
-    def killed(*paths):
-        replace(*paths)
-        raise Killed
-
-    with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(os, "replace", killed)
+    with killed_after_the_rename():
         checkpoint.update_huggingface(folder, params(new))
     assert equal(checkpoint.read_huggingface(folder), params(new))
     files = safetensors_folder.list_files(folder)

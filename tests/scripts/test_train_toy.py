@@ -128,7 +128,6 @@ def test_the_model_is_causal():
     assert same[:9].all() and not same[9:].any()
 
 
-@pytest.mark.slow
 def test_interrupted_and_continued_gives_exactly_the_numbers_of_an_uninterrupted_run(
     text, finished, tmp_path, monkeypatch
 ):

@@ -1,8 +1,11 @@
 """Hugging Face folders of a small Gemma 2, written and read by safetensors alone."""
 
+import contextlib
 import json
+import os
 
 import numpy as np
+import pytest
 import safetensors.numpy
 
 from tests.support.by_hand import LAYERS, D, F, huggingface
@@ -59,3 +62,21 @@ def load(folder):
     for path in sorted(folder.glob("*.safetensors")):
         tensors |= safetensors.numpy.load_file(path)
     return tensors
+
+
+class Killed(BaseException):
+    """Ends an update as a kill would: nothing of it catches this."""
+
+
+@contextlib.contextmanager
+def killed_after_the_rename():
+    """Ends the update inside of it right after the new names are in place."""
+    replace = os.replace
+
+    def killed(*paths):
+        replace(*paths)
+        raise Killed
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(os, "replace", killed)
+        yield

@@ -40,7 +40,7 @@ def quantized(rng, weight, dtype, group_size, scales_of_two=False):
 
 
 def make(arrays, kind, scales_of_two=False, seed=5):
-    """Weights of a kind in the place of those of `arrays`: {name: float64 parts}, and `arrays` with their values."""
+    """Weights of a kind instead of those in `arrays`: {name: float64 parts}, and `arrays` with their values."""
     dtype, group_size, has_adapter = KINDS[kind]
     rng = np.random.default_rng(seed)
     parts, effective = {}, dict(arrays)
