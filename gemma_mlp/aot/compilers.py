@@ -9,7 +9,7 @@ import functools
 import os
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import metadata
 from typing import Any
 
@@ -66,8 +66,6 @@ class Compiled:
       argument_bytes, output_bytes: the sizes of all arguments and of all results.
       alias_bytes: the size of the results that overwrite donated arguments.
       flops: the FLOPs of one run, in which the body of a loop counts once. None if the compiler does not count them.
-      collectives: the transfers between chips, in program order. Each one says how often it runs.
-      text: the optimised program, as HLO text.
     """
 
     temp_bytes: int
@@ -75,8 +73,19 @@ class Compiled:
     output_bytes: int
     alias_bytes: int
     flops: float | None
-    collectives: tuple[Collective, ...]
-    text: str
+    _executable: jax.stages.Compiled = field(repr=False)
+
+    @functools.cached_property
+    def text(self) -> str:
+        """The optimised program, as HLO text. JAX 0.10.2 cannot read some programs for a TPU 7x: JaxRuntimeError."""
+        text = self._executable.as_text()
+        assert text is not None
+        return text
+
+    @functools.cached_property
+    def collectives(self) -> tuple[Collective, ...]:
+        """The transfers between chips, in program order. Each one says how often it runs. They are found in `text`."""
+        return collectives(self.text)
 
     @property
     def total_bytes(self) -> int:
@@ -142,17 +151,15 @@ def compile_for(
         if "RESOURCE_EXHAUSTED" not in str(error) or needed is None:
             raise
         raise DoesNotFit(float(needed[1]) * UNITS[needed[2]]) from error
-    memory, cost, text = compiled.memory_analysis(), compiled.cost_analysis(), compiled.as_text()
+    memory, cost = compiled.memory_analysis(), compiled.cost_analysis()
     assert memory is not None
-    assert text is not None
     return Compiled(
         temp_bytes=memory.temp_size_in_bytes,
         argument_bytes=memory.argument_size_in_bytes,
         output_bytes=memory.output_size_in_bytes,
         alias_bytes=memory.alias_size_in_bytes,
         flops=cost.get("flops") if cost else None,
-        collectives=collectives(text),
-        text=text,
+        _executable=compiled,
     )
 
 

@@ -149,14 +149,10 @@ def gradients(
         dx_BD = lax.optimization_barrier(dx_BD)
     dparams = dataclasses.replace(dparams, down_bias=down_bias)
     dparams = jax.tree.map(lambda a, d: None if d is None else d.astype(a.dtype), params, dparams)
-    return _weights_first(dparams, dx_BD) if target_device().device_kind == V7X else (dparams, dx_BD)
-
-
-def _weights_first(dparams, dx_BD):
-    """Both, such that the next layer's gradient waits for these weights'. A TPU 7x would compute all weights' gradients
-    of an unrolled stack last, and keep h, dgate and dup of every layer for them."""
-    one, dparams = lax.optimization_barrier((jnp.ones((), dx_BD.dtype), dparams))
-    return lax.optimization_barrier((dparams, dx_BD * one))
+    if _in_order(op):
+        one, _ = lax.optimization_barrier((jnp.ones((), dx_BD.dtype), dparams))
+        dx_BD *= one
+    return dparams, dx_BD
 
 
 def _gradients_of_slice(op, params, wanted, x_BD, mask_BF, saved, dy_BD):
@@ -166,7 +162,8 @@ def _gradients_of_slice(op, params, wanted, x_BD, mask_BF, saved, dy_BD):
     else:
         h_BF, dgate_BF, dup_BF = _hidden_gradients(op, params, x_BD, mask_BF, saved, dy_BD)
         ddown_FD = weight_gradient(op, params.down_proj, wanted.down_proj, h_BF, dy_BD)
-    x_BD = _behind_barrier_on_v5p(op, x_BD)
+    if _in_order(op):
+        x_BD, _ = lax.optimization_barrier((x_BD, ddown_FD))
     dparams = MLPParams(
         gate_proj=weight_gradient(op, params.gate_proj, wanted.gate_proj, x_BD, dgate_BF),
         up_proj=weight_gradient(op, params.up_proj, wanted.up_proj, x_BD, dup_BF),
@@ -227,12 +224,11 @@ def _slice_size(op, params, x_BD, shard_F, saved):
     return round_up(ceil_div(shard_F, max(chunks, least)), math.lcm(LANES, group))
 
 
-def _behind_barrier_on_v5p(op, x_BD):
-    """x behind an optimisation barrier on a TPU v5p, where XLA would else carry a [T, D] in VMEM through a loop over
-    layers and then copy it to HBM. On other TPUs the barrier costs as often as it helps; meshes only lose by it."""
-    if op.config.axis_rules is not None or target_device().device_kind not in V5P:
-        return x_BD
-    return lax.optimization_barrier(x_BD)
+def _in_order(op):
+    """Whether W_down's gradient has to come before those of W_gate and W_up, and dx after all of them: see the table of
+    barriers in this folder's README. With a mesh a v5p would gather x once more for it."""
+    kind = target_device().device_kind
+    return kind == V7X or (kind in V5P and op.config.axis_rules is None)
 
 
 def residual_stream(op: Op, array_BD: Array) -> Array:

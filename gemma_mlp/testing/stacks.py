@@ -108,6 +108,11 @@ def with_adapters(params, adapters):
     return jax.tree.map(lambda new, old: old if new is None else new, adapters, params, is_leaf=lambda a: a is None)
 
 
+OPTIONS = {  # by name, sets of the compilers' options
+    "triton": {"xla_gpu_enable_triton_gemm": True},  # an H200's matmuls go through Triton
+    "cublaslt": {"xla_gpu_enable_triton_gemm": False},  # or through cuBLASLt
+    "small tiles": {"xla_tpu_control_large_2nd_minor_layout_for_x16": "false"},  # for a TPU 7x: op/README.md
+}
 STACKS = {"one": one, "scanned": scanned, "unrolled": unrolled}
 
 
@@ -119,11 +124,10 @@ def compile_adapted(target, config, *, tokens=TOKENS, layers=LAYERS):
     return compile_for(target, adapted(make_layer(config)), params(config, layers), inputs(config, tokens))
 
 
-def compile_gradient(target, stack, config, layer=None, *, tokens=TOKENS, layers=LAYERS, triton=None, options=None):
+def compile_gradient(target, stack, config, layer=None, *, tokens=TOKENS, layers=LAYERS, options=None):
     """Compiles the gradient of one of STACKS, made of `layer` or of our layer.
 
-    triton: whether the H200's matmuls go through Triton or through cuBLASLt; None is the compiler's default.
-    options: the compiler's options instead.
+    options: one of OPTIONS, or None.
     """
     x = inputs(config, tokens)
     arguments = {
@@ -131,8 +135,8 @@ def compile_gradient(target, stack, config, layer=None, *, tokens=TOKENS, layers
         "scanned": (params(config, layers), x),
         "unrolled": ([params(config)] * layers, x),
     }[stack]
-    options = options if triton is None else {"xla_gpu_enable_triton_gemm": triton}
-    return compile_for(target, STACKS[stack](layer or make_layer(config)), *arguments, compiler_options=options)
+    gradient = STACKS[stack](layer or make_layer(config))
+    return compile_for(target, gradient, *arguments, compiler_options=OPTIONS[options] if options else None)
 
 
 @functools.cache
@@ -141,14 +145,14 @@ def gradient_bytes(
     stack,
     layer,
     preset,
-    triton=None,
+    options=None,
     *,
     tokens=TOKENS,
     layers=LAYERS,
     chunk_size=None,
     param_dtype="bfloat16",
 ):
-    """Temporary memory of a gradient. `layer` is a save policy, "pallas", or one of NOT_OURS.
+    """Temporary memory of a gradient. `layer` is a save policy, "pallas", or one of NOT_OURS; `options` one of OPTIONS.
 
     NOT_OURS take parameters in bfloat16 only: they have the dtypes of their operands.
     """
@@ -159,5 +163,5 @@ def gradient_bytes(
         config = make(implementation="pallas")
     else:
         config = make(save=layer, chunk_size=chunk_size)
-    sizes = {"tokens": tokens, "layers": layers, "triton": triton}
+    sizes = {"tokens": tokens, "layers": layers, "options": options}
     return compile_gradient(target, stack, config, NOT_OURS.get(layer), **sizes).temp_bytes

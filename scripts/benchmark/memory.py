@@ -8,25 +8,26 @@ Parameters are bfloat16, or float32 where the layer's name ends in f32.
 from gemma_mlp import aot
 from gemma_mlp.testing.stacks import MIB, STACKS, gradient_bytes
 
-# column: (target, whether the H200's matmuls go through Triton and not through cuBLASLt)
+# column: (target, one of the sets of compiler options in `stacks.OPTIONS`)
 COMPILERS = {
     "CPU": ("cpu", None),
     "v5e": ("tpu v5e:2x2", None),
     "v5p": ("tpu v5p:2x2x1", None),
     "v6e": ("tpu v6e:2x2", None),
     "7x": ("tpu tpu7x:2x2x1", None),
-    "H200 Triton": ("h200", True),
-    "H200 cuBLASLt": ("h200", False),
+    "7x small tiles": ("tpu tpu7x:2x2x1", "small tiles"),
+    "H200 Triton": ("h200", "triton"),
+    "H200 cuBLASLt": ("h200", "cublaslt"),
 }
 
 
 def compilers(columns=COMPILERS):
     """Returns the columns whose compiler is installed, and the reason why each other column is missing."""
     found, missing = {}, {}
-    for name, (target, triton) in columns.items():
+    for name, (target, options) in columns.items():
         try:
             aot.devices(target)
-            found[name] = target, triton
+            found[name] = target, options
         except ImportError as error:
             missing[name] = str(error)
     return found, missing
@@ -43,10 +44,10 @@ def measure(preset, compilers, *, tokens, layers, chunk_size):
         for layer, chunk, param_dtype in cells:
             name = layer if param_dtype == "bfloat16" else f"{layer} f32"
             row = {"stack": stack, "layer": name, "chunk_size": chunk}
-            for column, (target, triton) in (kernels if layer == "pallas" else compilers).items():
-                options = {"tokens": tokens, "layers": layers, "chunk_size": chunk, "param_dtype": param_dtype}
+            for column, (target, options) in (kernels if layer == "pallas" else compilers).items():
+                sizes = {"tokens": tokens, "layers": layers, "chunk_size": chunk, "param_dtype": param_dtype}
                 try:
-                    row[column] = gradient_bytes(target, stack, layer, preset, triton, **options) / MIB
+                    row[column] = gradient_bytes(target, stack, layer, preset, options, **sizes) / MIB
                 except aot.DoesNotFit:
                     row[column] = None
             yield row

@@ -46,11 +46,11 @@ def compiled_cases():
 
 
 @pytest.mark.parametrize("save", ["input", "gate_up"])
-@pytest.mark.parametrize("triton", [True, False])
-def test_gradient_of_a_scanned_stack_needs_no_more_than_by_xla(triton, save):
+@pytest.mark.parametrize("options", ["triton", "cublaslt"])
+def test_gradient_of_a_scanned_stack_needs_no_more_than_by_xla(options, save):
     config = stacks.make_config("gemma2_2b", save, implementation="pallas")
-    by_kernels = stacks.compile_gradient("h200", "scanned", config, triton=triton).temp_bytes
-    by_xla = stacks.gradient_bytes("h200", "scanned", save, "gemma2_2b", triton)
+    by_kernels = stacks.compile_gradient("h200", "scanned", config, options=options).temp_bytes
+    by_xla = stacks.gradient_bytes("h200", "scanned", save, "gemma2_2b", options)
     assert by_kernels <= by_xla + 1024  # a few words of bookkeeping
 
 

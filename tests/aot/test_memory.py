@@ -29,7 +29,6 @@ from tests.support.vary import slow
 
 pytestmark = pytest.mark.needs_compilers
 V5E, V5P, V6E, V7X = "tpu v5e:2x2", "tpu v5p:2x2x1", "tpu v6e:2x2", "tpu tpu7x:2x2x1"
-SMALL_TILES = {"xla_tpu_control_large_2nd_minor_layout_for_x16": "false"}  # for the 7x: gemma_mlp/op/README.md
 
 
 @pytest.mark.parametrize(
@@ -80,7 +79,7 @@ def test_tpu_gradient_of_one_layer_needs_three_arrays(target, size, save):
     ],
 )
 def test_tpu_gradient_of_a_scanned_stack_stays_within_its_bound(target, save):
-    """`input` takes 576 MiB on v5e, 612 on v6e and on v5p (648 there without the barrier on x)."""
+    """`input` takes 576 MiB on v5e, 612 on v6e and on v5p (648 there without the order of the gradients)."""
     bound = {"input": 620, "gate_up": 1770}[save]
     assert gradient_bytes(target, "scanned", save, "gemma2_2b") <= bound * MIB
 
@@ -93,19 +92,19 @@ def test_tpu_scanned_stack_with_float32_parameters_keeps_no_copy_of_the_weights(
 
 @pytest.mark.parametrize(
     ("size", "save", "bound"),
-    [("gemma2_2b", "input", 653), slow("gemma2_2b", "gate_up", 1846), slow("gemma2_27b", "input", 2413)],
+    [("gemma2_2b", "input", 613), slow("gemma2_2b", "gate_up", 1765), slow("gemma2_27b", "input", 2233)],
 )
 def test_tpu_7x_scanned_stack_with_small_tiles_keeps_no_copy_of_the_weights(size, save, bound):
     """Without the option 1,454 and 2,894 MiB, and 9,829 for 27B: the compiler copies every layer's weights, twice."""
-    compiled = compile_gradient(V7X, "scanned", make_config(size, save), options=SMALL_TILES)
-    assert compiled.temp_bytes <= bound * MIB
+    assert gradient_bytes(V7X, "scanned", save, size, "small tiles") <= bound * MIB
 
 
-@pytest.mark.parametrize(("stack", "layers", "bound"), [("one", 1, 433), slow("unrolled", 2, 478)])
-def test_tpu_7x_gradient_computes_the_weights_gradients_with_each_layer(stack, layers, bound):
-    """432 MiB, and 477; four layers, which take a minute to compile, 684. Without `_weights_first` one takes 585, four
-    1,369."""
-    assert gradient_bytes(V7X, stack, "input", "gemma2_2b", layers=layers) <= bound * MIB
+@pytest.mark.parametrize(
+    ("target", "stack", "bound"), [(V7X, "one", 433), slow(V7X, "unrolled", 541), slow(V5P, "unrolled", 541)]
+)
+def test_tpu_gradient_computes_the_weights_gradients_with_each_layer(target, stack, bound):
+    """432 and 540 MiB. Without the order of the gradients a 7x takes 585 and 1,369, and a v5p 648."""
+    assert gradient_bytes(target, stack, "input", "gemma2_2b") <= bound * MIB
 
 
 @pytest.mark.slow
@@ -120,23 +119,23 @@ def test_tpu_gradient_of_an_unrolled_stack_needs_less_than_plain():
 
 
 @pytest.mark.parametrize(("save", "share"), [("gate_up", 0.42), ("input", 0.22)])
-@pytest.mark.parametrize("triton", [True, slow(False)])
-def test_h200_gradient_of_a_scanned_stack_needs_less_than_plain(triton, save, share):
-    plain = gradient_bytes("h200", "scanned", "plain", "gemma2_2b", triton)
-    assert gradient_bytes("h200", "scanned", save, "gemma2_2b", triton) <= share * plain
+@pytest.mark.parametrize("options", ["triton", slow("cublaslt")])
+def test_h200_gradient_of_a_scanned_stack_needs_less_than_plain(options, save, share):
+    plain = gradient_bytes("h200", "scanned", "plain", "gemma2_2b", options)
+    assert gradient_bytes("h200", "scanned", save, "gemma2_2b", options) <= share * plain
 
 
-@pytest.mark.parametrize("triton", [True, slow(False)])
-def test_h200_gradient_in_slices_of_f_needs_less_still(triton):
-    plain = gradient_bytes("h200", "scanned", "plain", "gemma2_2b", triton)
-    assert gradient_bytes("h200", "scanned", "input", "gemma2_2b", triton, chunk_size=1024) <= 0.14 * plain
+@pytest.mark.parametrize("options", ["triton", slow("cublaslt")])
+def test_h200_gradient_in_slices_of_f_needs_less_still(options):
+    plain = gradient_bytes("h200", "scanned", "plain", "gemma2_2b", options)
+    assert gradient_bytes("h200", "scanned", "input", "gemma2_2b", options, chunk_size=1024) <= 0.14 * plain
 
 
 @pytest.mark.parametrize(("save", "share"), [("gate_up", 0.67), ("input", 0.34)])
-@pytest.mark.parametrize("triton", [True, slow(False)])
-def test_h200_gradient_of_an_unrolled_stack_needs_less_than_plain(triton, save, share):
-    plain = gradient_bytes("h200", "unrolled", "plain", "gemma2_2b", triton)
-    assert gradient_bytes("h200", "unrolled", save, "gemma2_2b", triton) <= share * plain
+@pytest.mark.parametrize("options", ["triton", slow("cublaslt")])
+def test_h200_gradient_of_an_unrolled_stack_needs_less_than_plain(options, save, share):
+    plain = gradient_bytes("h200", "unrolled", "plain", "gemma2_2b", options)
+    assert gradient_bytes("h200", "unrolled", save, "gemma2_2b", options) <= share * plain
 
 
 @pytest.mark.parametrize(
@@ -207,11 +206,13 @@ REMAT = {
         slow("gate_up", "all", 12, 757),
         slow("gate_up", "policy", 11, 793),
         slow("autodiff", "none", 9, 9829),
+        slow("autodiff", "all", 12, 937),
+        slow("autodiff", "policy", 11, 1081),
     ],
 )
 def test_remat_around_scanned_blocks(save, remat, matmuls, mib):
-    """Six cells of the README's table of `save`: a layer's matmuls, and the memory. tests/op/test_remat.py counts the
-    matmuls of all cells."""
+    """Cells of the README's table of `save`: matmuls of a layer, and memory. `autodiff` without remat takes 8,677 MiB
+    on JAX 0.12. tests/op/test_remat.py counts the matmuls of all cells."""
     compiled = compile_scanned_blocks(V5E, save, REMAT[remat])
     assert len(re.findall(r"= \S+ (?:convolution|dot)\(", compiled.text)) == matmuls
-    assert compiled.temp_bytes == pytest.approx(mib * MIB, rel=0.01)
+    assert compiled.temp_bytes <= 1.01 * mib * MIB
