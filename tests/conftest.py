@@ -17,6 +17,7 @@ import jax
 import pytest
 
 jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_default_matmul_precision", "highest")  # here, so that fixtures of modules have it too
 
 SETS = {  # marker or fixture: (what its tests need, the packages of that, how to get it)
     "needs_compilers": (
@@ -117,9 +118,8 @@ def quick_to_compile():
 
 @pytest.fixture(autouse=True)
 def strict_jax(request):
-    with jax.default_matmul_precision("highest"):
-        if request.node.get_closest_marker("promotes") is not None:  # runs library code that promotes
+    if request.node.get_closest_marker("promotes") is not None:  # runs library code that promotes
+        yield
+    else:
+        with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
             yield
-        else:
-            with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
-                yield

@@ -172,6 +172,7 @@ def test_tokamax_takes_part_on_a_gpu_if_it_is_installed(monkeypatch):
         return activation(x @ weights[0]) * (x @ weights[1])
 
     monkeypatch.setitem(sys.modules, "tokamax", types.SimpleNamespace(gated_linear_unit=gated_linear_unit))
+    monkeypatch.setattr(jax, "default_backend", lambda: "cpu")
     assert "tokamax" not in timing.layers_of(CONFIG, "float32")
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     params, x = MLPParams.init(CONFIG, jax.random.key(0)), jax.random.normal(jax.random.key(1), (3, 16))
