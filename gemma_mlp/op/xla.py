@@ -151,7 +151,7 @@ def gradients(
     dparams = jax.tree.map(lambda a, d: None if d is None else d.astype(a.dtype), params, dparams)
     if _in_order(op):
         one, _ = lax.optimization_barrier((jnp.ones((), dx_BD.dtype), dparams))
-        dx_BD *= one
+        dx_BD *= one  # now it waits for the other gradients, and the layer before waits for it
     return dparams, dx_BD
 
 
