@@ -198,11 +198,11 @@ REMAT = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("remat", "bound"), [("none", 1045), ("all", 757), ("policy", 901)])
-def test_gradient_of_scanned_blocks_with_float32_parameters(remat, bound):
+@pytest.mark.parametrize(("remat", "mib"), [("none", 1045), ("all", 757), ("policy", 901)])
+def test_gradient_of_scanned_blocks_with_float32_parameters(remat, mib):
     """108 MiB more than with bfloat16 parameters, and no copy of the weights of four layers, which would be 486."""
     compiled = compile_scanned_blocks(V5E, remat=REMAT[remat], param_dtype="float32")
-    assert compiled.temp_bytes <= 1.01 * bound * MIB
+    assert compiled.temp_bytes == pytest.approx(mib * MIB, rel=0.01)
 
 
 @pytest.mark.parametrize(
@@ -213,14 +213,13 @@ def test_gradient_of_scanned_blocks_with_float32_parameters(remat, bound):
         slow("gate_up", "none", 9, 2233),
         slow("gate_up", "all", 12, 757),
         slow("gate_up", "policy", 11, 793),
-        slow("autodiff", "none", 9, 9829),
+        slow("autodiff", "none", 9, 9829 if jax.__version_info__ < (0, 12) else 8677),
         slow("autodiff", "all", 12, 937),
         slow("autodiff", "policy", 11, 1081),
     ],
 )
 def test_remat_around_scanned_blocks(save, remat, matmuls, mib):
-    """Cells of the README's table of `save`: matmuls of a layer, and memory. `autodiff` without remat takes 8,677 MiB
-    on JAX 0.12. tests/op/test_remat.py counts the matmuls of all cells."""
+    """The README's table of `save`: a layer's matmuls, and the memory. tests/op/test_remat.py counts matmuls too."""
     compiled = compile_scanned_blocks(V5E, save, REMAT[remat])
     assert len(re.findall(r"= \S+ (?:convolution|dot)\(", compiled.text)) == matmuls
-    assert compiled.temp_bytes <= 1.01 * mib * MIB
+    assert compiled.temp_bytes == pytest.approx(mib * MIB, rel=0.01)

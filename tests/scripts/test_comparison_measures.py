@@ -85,7 +85,6 @@ class TestExpressiveness:
         assert max(bilinear) < min(relu) - 1 and max(relu) < -0.3
 
     @pytest.mark.slow
-    @pytest.mark.slow
     def test_the_score_is_measured_on_test_points(self):
         ours = get_config("compare_activations", "smoke").expressiveness
         ours.update(steps=1, batch_size=64)
@@ -103,7 +102,6 @@ class TestCurvature:
         start = jnp.float32(rng.standard_normal(30))
         assert curvature.largest_eigenvalue(lambda v: matrix @ v, start, 12) == pytest.approx(7.0, rel=1e-3)
 
-    @pytest.mark.slow
     @pytest.mark.slow
     def test_both_measures_equal_those_by_the_dense_hessian(self):
         config = contestants.mlp_config("swiglu", 3, 4)
