@@ -6,6 +6,9 @@ written once.
 
 Where nothing is saved, no [T, F] array is in memory: gate, up and dh of a block are recomputed in VMEM. All blocks of F
 add to the gradient of x, which is in memory in float32: each step fetches its rows, adds to them and sends them back.
+The two cores of a v4 or v5p take half of the blocks each and add to the same dx. Core 1 starts with the second half of the
+tokens, so that they never need the same rows at once. A semaphore makes each of them wait for rows that the other still has.
+
 Where gate and up are saved, the kernel computes their gradients and that of W_down, without an h or dh in memory; XLA
 multiplies these with x and with the weights.
 
@@ -26,12 +29,13 @@ from jaxtyping import Array, Float
 from gemma_mlp.activations import ACTIVATIONS, Activation
 from gemma_mlp.dtypes import accumulation_dtype
 from gemma_mlp.op import tpu_blocks
-from gemma_mlp.op.slices import ceil_div, round_up
+from gemma_mlp.op.slices import LANES, ceil_div, round_up
 
 # Tokens of a step. For each block of F, x, dy and dx pass by: 12 bytes for each element of [T, D], for 16 FLOPs times
 # the block's width, whatever the number of tokens in a step. With blocks of 512 that is 683 FLOPs to a byte; a v6e
 # needs 560.
 MOST_TOKENS = 256
+CORES = "core_parallel"  # the program's id along this axis of the grid is the core's
 
 
 def fused_backward(
@@ -55,35 +59,37 @@ def fused_backward(
         inner = 8 * blocks.hidden * wide.itemsize + embed_dim * wide.itemsize
         return (row + inner) * blocks.tokens + (column + cast) * blocks.hidden
 
-    blocks = tpu_blocks.choose_blocks(embed_dim, hidden_dim, _candidates(tokens, hidden_dim), vmem_bytes)
+    cores = math.gcd(hidden_dim // LANES, pltpu.get_tpu_info().num_cores)
+    candidates = _candidates(ceil_div(tokens, cores), hidden_dim // cores)
+    blocks = tpu_blocks.choose_blocks(embed_dim, hidden_dim, candidates, vmem_bytes)
+    hidden_blocks = hidden_dim // cores // blocks.hidden
     turns = ceil_div(tokens, blocks.tokens)
-    cores = math.gcd(hidden_dim // blocks.hidden, pltpu.get_tpu_info().num_cores)
-    hidden_blocks = hidden_dim // blocks.hidden // cores  # for each core
 
-    stream = pl.BlockSpec((blocks.tokens, embed_dim), lambda core, j, i: (i, 0))
+    stream = pl.BlockSpec((blocks.tokens, embed_dim), lambda core, j, i: (_place(core, i, turns, cores), 0))
     gate_up = pl.BlockSpec((embed_dim, blocks.hidden), lambda core, j, i: (0, core * hidden_blocks + j))
     down = pl.BlockSpec((blocks.hidden, embed_dim), lambda core, j, i: (core * hidden_blocks + j, 0))
     weights = [gate_up, gate_up, down]
     dx, *dweights = pl.pallas_call(
-        functools.partial(_kernel, activation, tokens, turns),
+        functools.partial(_kernel, activation, tokens, turns, cores),
         out_shape=[
-            jax.ShapeDtypeStruct((cores, turns * blocks.tokens, embed_dim), wide),
+            jax.ShapeDtypeStruct((turns * blocks.tokens, embed_dim), wide),
             *[jax.ShapeDtypeStruct(weight.shape, weight_dtype) for weight in (gate_proj, up_proj, down_proj)],
         ],
         grid=(cores, hidden_blocks, turns),
         in_specs=[stream, stream, *weights],
-        out_specs=[pl.BlockSpec(memory_space=pl.ANY), *weights],
+        out_specs=[pl.BlockSpec(memory_space=pltpu.HBM), *weights],
         input_output_aliases={2: 1, 3: 2, 4: 3},
         scratch_shapes=[
             *[pltpu.VMEM((embed_dim, blocks.hidden), wide)] * 2,
             pltpu.VMEM((blocks.hidden, embed_dim), wide),
             pltpu.VMEM((2, blocks.tokens, embed_dim), wide),
             *[pltpu.SemaphoreType.DMA((2,))] * 2,
+            pltpu.SemaphoreType.REGULAR,
         ],
-        compiler_params=tpu_blocks.compiler_params("parallel", "arbitrary", "arbitrary"),
+        compiler_params=tpu_blocks.compiler_params(CORES if cores > 1 else "arbitrary", "arbitrary", "arbitrary"),
         name="geglu_gradients",
     )(x, dy, gate_proj, up_proj, down_proj)
-    return jnp.sum(dx, axis=0)[:tokens], *dweights
+    return dx[:tokens], *dweights
 
 
 def backward_from_saved(
@@ -132,39 +138,56 @@ def _candidates(tokens, hidden_dim):
     return sorted(blocks, key=lambda b: (b.tokens * b.hidden, b.hidden), reverse=True)
 
 
-def _kernel(activation, tokens, turns, x, dy, gate_proj, up_proj, down_proj, dx, *rest):
-    *dweights, sum_gate, sum_up, sum_down, dx_rows, arrivals, departures = rest
+def _place(core, i, turns, cores):
+    """The block of tokens that a core takes in its turn i. Core 1 starts where core 0 is half-way through."""
+    return lax.rem(i + core * ceil_div(turns, cores), turns)
+
+
+def _kernel(activation, tokens, turns, cores, x, dy, gate_proj, up_proj, down_proj, dx, *rest):
+    *dweights, sum_gate, sum_up, sum_down, dx_rows, arrivals, departures, handed_over = rest
     sums = sum_gate, sum_up, sum_down
     size = x.shape[0]
     core, j, i = (pl.program_id(axis) for axis in range(3))
-    step = j * turns + i
+    step, steps = j * turns + i, pl.num_programs(1) * turns
     slot = lax.rem(step, 2)
-    in_memory = dx.at[core, pl.ds(pl.multiple_of(i * size, tpu_blocks.ROWS), size)]
+    place = _place(core, i, turns, cores)
+    in_memory = dx.at[pl.ds(pl.multiple_of(place * size, tpu_blocks.ROWS), size)]
     fetch = pltpu.make_async_copy(in_memory, dx_rows.at[slot], arrivals.at[slot])
+
+    # The other core (a core that is alone: the same one) takes a block of tokens so many steps before this one.
+    distance = jnp.where(core == 0, ceil_div(turns, cores), turns - ceil_div(turns, cores))
+    is_first = step < distance
 
     def send(slot):
         return pltpu.make_async_copy(dx_rows.at[slot], in_memory, departures.at[slot])
 
-    # Rows must have arrived in memory before their buffer is used again, two steps later, and before they are fetched
-    # again, which is one step later if there is only one block of tokens.
-    lag = min(turns, 2)
+    def finish(earlier):
+        """Waits until the rows of an earlier step are in memory, and lets the other core have them."""
+        send(lax.rem(earlier, 2)).wait()
+        if cores > 1:
+            wanted = earlier + turns - distance < steps
+            pl.when(wanted)(lambda: pl.semaphore_signal(handed_over, core_index=1 - core))
 
-    @pl.when(step >= lag)
-    def _():
-        send(lax.rem(step - lag, 2)).wait()
+    # Rows must be in memory before their buffer is used again, two steps later, and before they are fetched again.
+    lag = max(1, min(2, turns // cores))
+    pl.when(step >= lag)(lambda: finish(step - lag))
 
-    pl.when(j > 0)(fetch.start)
-
-    @pl.when(j == 0)
+    @pl.when(is_first)
     def _():
         tpu_blocks.fill_zeros(dx_rows.at[slot])
+
+    @pl.when(~is_first)
+    def _():
+        if cores > 1:
+            pl.semaphore_wait(handed_over)
+        fetch.start()
 
     @pl.when(i == 0)
     def _():
         for total in sums:
             tpu_blocks.fill_zeros(total)
 
-    x_TD, dy_TD = _existing(x[...], i, tokens), _existing(dy[...], i, tokens)
+    x_TD, dy_TD = _existing(x[...], place, tokens), _existing(dy[...], place, tokens)
     gate, up = tpu_blocks.matmul(x_TD, gate_proj), tpu_blocks.matmul(x_TD, up_proj)
     dh = tpu_blocks.matmul(dy_TD, down_proj, transpose=True)
     gradients = ACTIVATIONS[activation].gated_gradients(gate, up, dh)
@@ -173,7 +196,7 @@ def _kernel(activation, tokens, turns, x, dy, gate_proj, up_proj, down_proj, dx,
     sum_up[...] += _outer(x_TD, dup)
     sum_down[...] += _outer(h, dy_TD)
     part = tpu_blocks.matmul(dgate, gate_proj, transpose=True) + tpu_blocks.matmul(dup, up_proj, transpose=True)
-    pl.when(j > 0)(fetch.wait)
+    pl.when(~is_first)(fetch.wait)
     dx_rows[slot] += part
     send(slot).start()
 
@@ -182,13 +205,10 @@ def _kernel(activation, tokens, turns, x, dy, gate_proj, up_proj, down_proj, dx,
         for dweight, total in zip(dweights, sums):
             tpu_blocks.store(dweight, total)
 
-    @pl.when(step == pl.num_programs(1) * turns - 1)
+    @pl.when(step == steps - 1)
     def _():
-        send(slot).wait()
-
-        @pl.when((step >= 1) & (lag == 2))
-        def _():
-            send(1 - slot).wait()
+        for earlier in range(lag):
+            finish(step - earlier)
 
 
 def _kernel_from_saved(activation, tokens, dy, gate, up, down_proj, dgate, dup, ddown_proj, sum_FD):
