@@ -6,8 +6,8 @@ written once.
 
 Where nothing is saved, no [T, F] array is in memory: gate, up and dh of a block are recomputed in VMEM. All blocks of F
 add to the gradient of x, which is in memory in float32: each step fetches its rows, adds to them and sends them back.
-The two cores of a v4 or v5p take half of the blocks each and add to the same dx. Core 1 starts with the second half of the
-tokens, so that they never need the same rows at once. A semaphore makes each of them wait for rows that the other still has.
+The two cores of a v4 or v5p take half of the blocks each and add to the same dx. Core 1 starts with the second half of
+the tokens, so the cores need different rows at any time. A semaphore makes a core wait for rows that the other still has.
 
 Where gate and up are saved, the kernel computes their gradients and that of W_down, without an h or dh in memory; XLA
 multiplies these with x and with the weights.
@@ -69,10 +69,12 @@ def fused_backward(
     gate_up = pl.BlockSpec((embed_dim, blocks.hidden), lambda core, j, i: (0, core * hidden_blocks + j))
     down = pl.BlockSpec((blocks.hidden, embed_dim), lambda core, j, i: (core * hidden_blocks + j, 0))
     weights = [gate_up, gate_up, down]
+    # Without the axis of 1 a v6e may carry dx in VMEM through a loop over layers and copy it to HBM.
+    dx_shape = 1, turns * blocks.tokens, embed_dim
     dx, *dweights = pl.pallas_call(
         functools.partial(_kernel, activation, tokens, turns, cores),
         out_shape=[
-            jax.ShapeDtypeStruct((turns * blocks.tokens, embed_dim), wide),
+            jax.ShapeDtypeStruct(dx_shape, wide),
             *[jax.ShapeDtypeStruct(weight.shape, weight_dtype) for weight in (gate_proj, up_proj, down_proj)],
         ],
         grid=(cores, hidden_blocks, turns),
@@ -89,7 +91,7 @@ def fused_backward(
         compiler_params=tpu_blocks.compiler_params(CORES if cores > 1 else "arbitrary", "arbitrary", "arbitrary"),
         name="geglu_gradients",
     )(x, dy, gate_proj, up_proj, down_proj)
-    return dx[:tokens], *dweights
+    return dx[0, :tokens], *dweights
 
 
 def backward_from_saved(
@@ -151,7 +153,7 @@ def _kernel(activation, tokens, turns, cores, x, dy, gate_proj, up_proj, down_pr
     step, steps = j * turns + i, pl.num_programs(1) * turns
     slot = lax.rem(step, 2)
     place = _place(core, i, turns, cores)
-    in_memory = dx.at[pl.ds(pl.multiple_of(place * size, tpu_blocks.ROWS), size)]
+    in_memory = dx.at[0, pl.ds(pl.multiple_of(place * size, tpu_blocks.ROWS), size)]
     fetch = pltpu.make_async_copy(in_memory, dx_rows.at[slot], arrivals.at[slot])
 
     # The other core (a core that is alone: the same one) takes a block of tokens so many steps before this one.
