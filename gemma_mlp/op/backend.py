@@ -1,19 +1,24 @@
 """What a feed-forward is traced with: the options of one call, and the kernels of the backend that computes it.
 
 To add a backend: a file with a value of `Backend`, whose functions get whole arrays and run kernels by
-`mesh.run_on_mesh`; its name in choose.py's `KERNELS` and error text, which tests/op/test_tpu.py matches (the other
+`run_kernel`; its name in choose.py's `KERNELS` and error text, which tests/op/test_tpu.py matches (the other
 refusals there hold for all); its floor in tests/test_house.py; its tests in tests/op; the tables and what kernels
 serve in this folder's README, and `implementation` in the main README.
 """
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
+from jaxtyping import Array
 
 from gemma_mlp.activations import Activation
+from gemma_mlp.checks import require
 from gemma_mlp.config import MLPConfig
 from gemma_mlp.dtypes import accumulation_dtype
+from gemma_mlp.mesh import run_on_mesh
 
 
 class Backend(NamedTuple):
@@ -70,3 +75,29 @@ class Op(NamedTuple):
     def between(self) -> jnp.dtype:
         """The dtype in which a matmul is stored if element-wise work follows."""
         return self.dtype if self.round_between else self.wide
+
+
+def run_kernel(
+    op: Op, kernel: Callable, arguments: Sequence[tuple[str, Array]], results: Sequence[str], **options: Any
+) -> list[Array]:
+    """kernel(*arrays, activation=..., **options) on each device's shard, as :func:`gemma_mlp.mesh.run_on_mesh` has it.
+
+    It raises a ValueError if the results are differentiated, which only a second derivative of the feed-forward does.
+    """
+    kernel = functools.partial(kernel, activation=op.config.activation, **options)
+    return run_on_mesh(functools.partial(_once_differentiable, kernel), arguments, results, op.config.axis_rules)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _once_differentiable(kernel, *arrays):
+    return kernel(*arrays)
+
+
+@_once_differentiable.defjvp
+def _refuse(*_):
+    require(
+        False,
+        "Kernels have no second derivatives.",
+        "a derivative of the gradient that a kernel computes",
+        "use implementation='xla'.",
+    )

@@ -3,32 +3,29 @@
 Pallas takes as long to import as the rest of this package. Each function imports it when a kernel is asked for.
 """
 
-import functools
-
-from gemma_mlp.mesh import run_on_mesh
-from gemma_mlp.op.backend import Backend
+from gemma_mlp.op.backend import Backend, run_kernel
 from gemma_mlp.params import LEAVES, WEIGHTS, MLPParams
 
 
 def forward(op, params, x, save_gate_up):
     from gemma_mlp.op import tpu_forward
 
-    kernel = functools.partial(tpu_forward.fused_forward, save_gate_up=save_gate_up)
-    return _run(op, kernel, [("rows", x), *_weights(params)], ["sum", *["hidden"] * (2 * save_gate_up)])
+    arguments, results = [("rows", x), *_weights(params)], ["sum", *["hidden"] * (2 * save_gate_up)]
+    return run_kernel(op, tpu_forward.fused_forward, arguments, results, save_gate_up=save_gate_up)
 
 
 def hidden(op, params, x, save_gate_up):
     from gemma_mlp.op import tpu_forward
 
     assert not save_gate_up  # `forward` does that
-    return _run(op, tpu_forward.hidden_only, [("rows", x), *_weights(params)[:2]], ["hidden"])
+    return run_kernel(op, tpu_forward.hidden_only, [("rows", x), *_weights(params)[:2]], ["hidden"])
 
 
 def backward(op, params, x, dy):
     from gemma_mlp.op import tpu_backward
 
     arguments = [("rows", x), ("rows", dy), *_weights(params)]
-    dx, *dweights = _run(op, tpu_backward.fused_backward, arguments, ["sum", *(LEAVES[name] for name in WEIGHTS)])
+    dx, *dweights = run_kernel(op, tpu_backward.fused_backward, arguments, ["sum", *(LEAVES[name] for name in WEIGHTS)])
     return MLPParams(*dweights), dx
 
 
@@ -36,12 +33,7 @@ def weight_backward(op, params, dy, gate, up):
     from gemma_mlp.op import tpu_backward
 
     arguments = [("rows", dy), ("hidden", gate), ("hidden", up), ("FD", params.down_proj)]
-    return _run(op, tpu_backward.backward_from_saved, arguments, ["hidden", "hidden", "FD"])
-
-
-def _run(op, kernel, arguments, results):
-    kernel = functools.partial(kernel, activation=op.config.activation)
-    return run_on_mesh(kernel, arguments, results, op.config.axis_rules)
+    return run_kernel(op, tpu_backward.backward_from_saved, arguments, ["hidden", "hidden", "FD"])
 
 
 def _weights(params):

@@ -7,7 +7,7 @@ written once.
 Where nothing is saved, no [T, F] array is in memory: gate, up and dh of a block are recomputed in VMEM. All blocks of F
 add to the gradient of x, which is in memory in float32: each step fetches its rows, adds to them and sends them back.
 The two cores of a v4 or v5p take half of the blocks each and add to the same dx. Core 1 starts with the second half of
-the tokens, so the cores need different rows at any time. A semaphore makes a core wait for rows that the other still has.
+the tokens, so the cores need different rows at any time. A semaphore makes a core wait for rows that the other has.
 
 Where gate and up are saved, the kernel computes their gradients and that of W_down, without an h or dh in memory; XLA
 multiplies these with x and with the weights.
@@ -22,6 +22,7 @@ import math
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.custom_batching import sequential_vmap
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float
@@ -71,7 +72,7 @@ def fused_backward(
     weights = [gate_up, gate_up, down]
     # Without the axis of 1 a v6e may carry dx in VMEM through a loop over layers and copy it to HBM.
     dx_shape = 1, turns * blocks.tokens, embed_dim
-    dx, *dweights = pl.pallas_call(
+    kernel = pl.pallas_call(
         functools.partial(_kernel, activation, tokens, turns, cores),
         out_shape=[
             jax.ShapeDtypeStruct(dx_shape, wide),
@@ -90,7 +91,9 @@ def fused_backward(
         ],
         compiler_params=tpu_blocks.compiler_params(CORES if cores > 1 else "arbitrary", "arbitrary", "arbitrary"),
         name="geglu_gradients",
-    )(x, dy, gate_proj, up_proj, down_proj)
+    )
+    # Pallas cannot batch an array that a kernel leaves in memory. Under vmap the kernel runs in a loop instead.
+    dx, *dweights = sequential_vmap(kernel)(x, dy, gate_proj, up_proj, down_proj)
     return dx[0, :tokens], *dweights
 
 

@@ -182,6 +182,18 @@ def test_every_activation_is_lowered():
     assert len(re.findall(r"%\S*geglu_gradients_from_saved\S* = ", text)) == len(served)
 
 
+@pytest.mark.parametrize("save", ["input", "gate_up"])
+@pytest.mark.parametrize("mapped", [(None, 0), slow((0, None)), slow((0, 0))], ids=str)
+def test_gradients_under_vmap_are_lowered(mapped, save):
+    config = dataclasses.replace(kernels("gemma2_2b", save), embed_dim=256, hidden_dim=512)
+    layer = jax.vmap(make_layer(config), mapped)
+    arguments = [
+        jax.tree.map(lambda a: jax.ShapeDtypeStruct((3, *a.shape), a.dtype) if axis == 0 else a, argument)
+        for axis, argument in zip(mapped, (params(config), inputs(config, 40)))
+    ]
+    assert "geglu_gradients" in aot.compile_for(V5P, gradient_of_sum(layer), *arguments).text
+
+
 def test_sequence_parallel_gradient_gathers_each_array_once():
     """349.3 MiB measured; XLA's matmuls take 374.5. Each weight's shard is gathered once, and so are x and dy."""
     program = compile_layer(POD, 16, 16, sharding.SEQUENCE_PARALLEL_RULES, one, implementation="pallas")

@@ -164,6 +164,15 @@ def test_the_feed_forward_around_them(save, interpreted_gpu):
 
 
 @pytest.mark.parametrize("save", ["input", "gate_up"])
+def test_second_derivatives_are_refused(save, interpreted_gpu):
+    arrays, x = case(64)
+    params, x = samples.mlp_params(arrays, "bfloat16"), jnp.asarray(x, "bfloat16")
+    gradient = jax.grad(lambda x: jnp.sum(feed_forward(params, x, save=save, implementation="pallas") ** 2))
+    with pytest.raises(ValueError, match=r"no second derivatives.*Fix: use implementation='xla'"):
+        jax.make_jaxpr(jax.grad(lambda x: gradient(x).sum()))(x)
+
+
+@pytest.mark.parametrize("save", ["input", "gate_up"])
 def test_each_tag_is_there_once(save, interpreted_gpu):
     arrays, x = case(64)
     params, x = samples.mlp_params(arrays, "bfloat16"), jnp.asarray(x, "bfloat16")

@@ -225,6 +225,31 @@ def test_the_backward_kernel_runs_where_all_gradients_are_wanted(save, kernel, s
     assert f"name={kernel}\n" in program(0, 1) and "name=geglu_gradients" not in program(1)
 
 
+@pytest.mark.parametrize("save", first_is_quick(["input", "gate_up"]))
+def test_under_vmap_each_element_has_its_own_gradients(save, simple_chip):
+    """In a batch of experts, each with its own tokens. (The interpreter that looks for races cannot run batches.)"""
+    (arrays, x, dy), rng = case((2, 40)), np.random.default_rng(1)
+    both = [arrays, samples.mlp_arrays(rng, EMBED_DIM, HIDDEN_DIM, use_bias=False)]
+    params = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(samples.mlp_params(a, "float32") for a in both))
+    experts = jax.vmap(functools.partial(feed_forward, save=save, implementation="pallas"))
+    result = jax.jit(functools.partial(samples.value_and_pullback, experts))(params, jnp.asarray(x), jnp.asarray(dy))
+    for i in range(2):
+        exact = exact_result(both[i], x[i], dy[i], "gelu_tanh")
+        for name, error in errors(jax.tree.map(lambda a: a[i], result), exact).items():
+            assert error <= FLOAT32_BOUND, name
+
+
+@pytest.mark.parametrize("save", ["input", "gate_up"])
+def test_second_derivatives_are_refused(save, simple_chip):
+    arrays, x, _ = case((16,))
+    params, x = samples.mlp_params(arrays, "float32"), jnp.asarray(x, "float32")
+    loss = lambda *args: jnp.sum(jnp.sin(feed_forward(*args, save=save, implementation="pallas")))  # noqa: E731
+    gradient = lambda x: jax.grad(loss, argnums=(0, 1))(params, x)[1]  # noqa: E731
+    for second in (jax.grad(lambda x: gradient(x).sum()), lambda x: jax.jvp(gradient, (x,), (x,))):
+        with pytest.raises(ValueError, match=r"no second derivatives.*Fix: use implementation='xla'"):
+            second(x)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("save", ["input", "gate_up"])
 def test_a_rematerialised_scan_is_that_of_xla(save, simple_chip):
