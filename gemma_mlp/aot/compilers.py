@@ -77,8 +77,16 @@ class Compiled:
 
     @functools.cached_property
     def text(self) -> str:
-        """The optimised program, as HLO text. JAX 0.10.2 cannot read some programs for a TPU 7x: JaxRuntimeError."""
-        text = self._executable.as_text()
+        """The optimised program, as HLO text.
+
+        It raises a RuntimeError if this JAX is too old to read the program, as JAX 0.10.2 is for some of a TPU 7x.
+        """
+        try:
+            text = self._executable.as_text()
+        except jax.errors.JaxRuntimeError as error:
+            rule = "JAX must be able to read the program that the compiler has made."
+            fix = "upgrade JAX together with the compiler; for a TPU 7x take 0.12 or newer."
+            raise RuntimeError(f"{rule} Got: JAX {jax.__version__}, and {error}. Fix: {fix}") from error
         assert text is not None
         return text
 

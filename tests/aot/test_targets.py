@@ -81,3 +81,16 @@ def test_a_program_that_does_not_fit_says_what_it_needs(monkeypatch):
 def test_any_other_error_of_a_compiler_is_passed_on(message, monkeypatch):
     with pytest.raises(jax.errors.JaxRuntimeError, match=message.partition("(")[0]):
         compile_with_error(message, monkeypatch)
+
+
+def test_a_program_that_this_jax_cannot_read_has_its_memory_but_no_text(monkeypatch):
+    """In the words of JAX 0.10.2 about a program for a TPU 7x."""
+    compiled = aot.compile_for("cpu", lambda x: x + 1, jax.ShapeDtypeStruct((), "float32"))
+
+    def fail(self):
+        raise jax.errors.JaxRuntimeError("INTERNAL: RET_CHECK failure: async-update instruction")
+
+    monkeypatch.setattr(jax.stages.Compiled, "as_text", fail)
+    assert compiled.output_bytes == 4
+    with pytest.raises(RuntimeError, match=r"be able to read the program.*Got: JAX .*async-update.*Fix: upgrade JAX"):
+        _ = compiled.collectives
