@@ -8,14 +8,13 @@ serve in this folder's README, and `implementation` in the main README.
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
 from gemma_mlp.activations import Activation
-from gemma_mlp.checks import require
 from gemma_mlp.config import MLPConfig
 from gemma_mlp.dtypes import accumulation_dtype
 from gemma_mlp.mesh import run_on_mesh
@@ -94,10 +93,8 @@ def _once_differentiable(kernel, *arrays):
 
 
 @_once_differentiable.defjvp
-def _refuse(*_):
-    require(
-        False,
-        "Kernels have no second derivatives.",
-        "a derivative of the gradient that a kernel computes",
-        "use implementation='xla'.",
+def _refuse(*_) -> NoReturn:
+    raise ValueError(
+        "Kernels have no second derivatives. Got: a derivative of the gradient that a kernel computes. "
+        "Fix: use implementation='xla'."
     )
