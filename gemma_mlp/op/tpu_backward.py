@@ -7,7 +7,7 @@ written once.
 Where nothing is saved, no [T, F] array is in memory: gate, up and dh of a block are recomputed in VMEM. All blocks of F
 add to the gradient of x, which is in memory in float32: each step fetches its rows, adds to them and sends them back.
 The two cores of a v4 or v5p take half of the blocks each and add to the same dx. Core 1 starts with the second half of
-the tokens, so the cores need different rows at any time. A semaphore makes a core wait for rows that the other has.
+the tokens, so the cores work on different rows. A semaphore makes a core wait while the other has the rows it needs.
 
 Where gate and up are saved, the kernel computes their gradients and that of W_down, without an h or dh in memory; XLA
 multiplies these with x and with the weights.
@@ -70,7 +70,8 @@ def fused_backward(
     gate_up = pl.BlockSpec((embed_dim, blocks.hidden), lambda core, j, i: (0, core * hidden_blocks + j))
     down = pl.BlockSpec((blocks.hidden, embed_dim), lambda core, j, i: (core * hidden_blocks + j, 0))
     weights = [gate_up, gate_up, down]
-    # Without the axis of 1 a v6e may carry dx in VMEM through a loop over layers and copy it to HBM.
+    # dx is in HBM, because each core has a VMEM of its own. Without the axis of 1 a v6e may carry dx in VMEM through a
+    # loop over layers and copy it to HBM.
     dx_shape = 1, turns * blocks.tokens, embed_dim
     kernel = pl.pallas_call(
         functools.partial(_kernel, activation, tokens, turns, cores),
@@ -159,7 +160,7 @@ def _kernel(activation, tokens, turns, cores, x, dy, gate_proj, up_proj, down_pr
     in_memory = dx.at[0, pl.ds(pl.multiple_of(place * size, tpu_blocks.ROWS), size)]
     fetch = pltpu.make_async_copy(in_memory, dx_rows.at[slot], arrivals.at[slot])
 
-    # The other core (a core that is alone: the same one) takes a block of tokens so many steps before this one.
+    # So many steps earlier the other core had the same block of tokens. (A core that is alone had it itself.)
     distance = jnp.where(core == 0, ceil_div(turns, cores), turns - ceil_div(turns, cores))
     is_first = step < distance
 
@@ -167,11 +168,11 @@ def _kernel(activation, tokens, turns, cores, x, dy, gate_proj, up_proj, down_pr
         return pltpu.make_async_copy(dx_rows.at[slot], in_memory, departures.at[slot])
 
     def finish(earlier):
-        """Waits until the rows of an earlier step are in memory, and lets the other core have them."""
+        """Waits until the rows of an earlier step are in memory, then tells the other core, if that will fetch them."""
         send(lax.rem(earlier, 2)).wait()
         if cores > 1:
-            wanted = earlier + turns - distance < steps
-            pl.when(wanted)(lambda: pl.semaphore_signal(handed_over, core_index=1 - core))
+            is_wanted = earlier + turns - distance < steps
+            pl.when(is_wanted)(lambda: pl.semaphore_signal(handed_over, core_index=1 - core))
 
     # Rows must be in memory before their buffer is used again, two steps later, and before they are fetched again.
     lag = max(1, min(2, turns // cores))
