@@ -79,7 +79,7 @@ class Compiled:
     def text(self) -> str:
         """The optimised program, as HLO text.
 
-        It raises a RuntimeError if this JAX is too old to read the program, as JAX 0.10.2 is for some of a TPU 7x.
+        It raises a RuntimeError if this JAX is too old to read the program. JAX 0.10.2 cannot read some for a TPU 7x.
         """
         try:
             text = self._executable.as_text()

@@ -6,7 +6,6 @@ refusals there hold for all); its floor in tests/test_house.py; its tests in tes
 serve in this folder's README, and `implementation` in the main README.
 """
 
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, NoReturn
 
@@ -81,20 +80,20 @@ def run_kernel(
 ) -> list[Array]:
     """kernel(*arrays, activation=..., **options) on each device's shard, as :func:`gemma_mlp.mesh.run_on_mesh` has it.
 
-    It raises a ValueError if the results are differentiated, which only a second derivative of the feed-forward does.
+    It raises a ValueError if the results are differentiated. The feed-forward's own gradient does not do that.
     """
-    kernel = functools.partial(kernel, activation=op.config.activation, **options)
-    return run_on_mesh(functools.partial(_once_differentiable, kernel), arguments, results, op.config.axis_rules)
+
+    @jax.custom_jvp
+    def run(*arrays):
+        with jax.enable_x64(False):  # Mosaic has no 64-bit integers
+            return kernel(*arrays, activation=op.config.activation, **options)
+
+    run.defjvp(_refuse)
+    return run_on_mesh(run, arguments, results, op.config.axis_rules)
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _once_differentiable(kernel, *arrays):
-    return kernel(*arrays)
-
-
-@_once_differentiable.defjvp
 def _refuse(*_) -> NoReturn:
     raise ValueError(
-        "Kernels have no second derivatives. Got: a derivative of the gradient that a kernel computes. "
+        "With implementation='pallas' a gradient must not be differentiated again. Got: a derivative of a gradient. "
         "Fix: use implementation='xla'."
     )

@@ -6,8 +6,8 @@ written once.
 
 Where nothing is saved, no [T, F] array is in memory: gate, up and dh of a block are recomputed in VMEM. All blocks of F
 add to the gradient of x, which is in memory in float32: each step fetches its rows, adds to them and sends them back.
-The two cores of a v4 or v5p take half of the blocks each and add to the same dx. Core 1 starts with the second half of
-the tokens, so the cores work on different rows. A semaphore makes a core wait while the other has the rows it needs.
+If a chip has two cores (v4, v5p) and F is a multiple of 256, each core takes half of the blocks, and both add to the
+same dx. Core 1 starts half-way through the tokens. A semaphore makes a core wait while the other has the rows it needs.
 
 Where gate and up are saved, the kernel computes their gradients and that of W_down, without an h or dh in memory; XLA
 multiplies these with x and with the weights.
@@ -36,7 +36,7 @@ from gemma_mlp.op.slices import LANES, ceil_div, round_up
 # the block's width, whatever the number of tokens in a step. With blocks of 512 that is 683 FLOPs to a byte; a v6e
 # needs 560.
 MOST_TOKENS = 256
-CORES = "core_parallel"  # the program's id along this axis of the grid is the core's
+CORES = "core_parallel"  # along an axis of this kind program_id is the number of the core
 
 
 def fused_backward(
@@ -70,8 +70,8 @@ def fused_backward(
     gate_up = pl.BlockSpec((embed_dim, blocks.hidden), lambda core, j, i: (0, core * hidden_blocks + j))
     down = pl.BlockSpec((blocks.hidden, embed_dim), lambda core, j, i: (core * hidden_blocks + j, 0))
     weights = [gate_up, gate_up, down]
-    # dx is in HBM, because each core has a VMEM of its own. Without the axis of 1 a v6e may carry dx in VMEM through a
-    # loop over layers and copy it to HBM.
+    # dx has a leading axis of size 1. Without it a v6e may carry dx in VMEM through a loop over layers and copy it to
+    # HBM. The kernel needs it in HBM, because each core has a VMEM of its own.
     dx_shape = 1, turns * blocks.tokens, embed_dim
     kernel = pl.pallas_call(
         functools.partial(_kernel, activation, tokens, turns, cores),
@@ -160,21 +160,23 @@ def _kernel(activation, tokens, turns, cores, x, dy, gate_proj, up_proj, down_pr
     in_memory = dx.at[0, pl.ds(pl.multiple_of(place * size, tpu_blocks.ROWS), size)]
     fetch = pltpu.make_async_copy(in_memory, dx_rows.at[slot], arrivals.at[slot])
 
-    # So many steps earlier the other core had the same block of tokens. (A core that is alone had it itself.)
-    distance = jnp.where(core == 0, ceil_div(turns, cores), turns - ceil_div(turns, cores))
+    # The other core had the same block of tokens `distance` steps earlier. (A core that is alone had it itself.)
+    half = ceil_div(turns, cores)
+    distance = half + core * (turns - 2 * half)
     is_first = step < distance
 
     def send(slot):
         return pltpu.make_async_copy(dx_rows.at[slot], in_memory, departures.at[slot])
 
     def finish(earlier):
-        """Waits until the rows of an earlier step are in memory, then tells the other core, if that will fetch them."""
+        """Waits until the rows of an earlier step are in memory. Then tells the other core, if it will fetch them."""
         send(lax.rem(earlier, 2)).wait()
         if cores > 1:
             is_wanted = earlier + turns - distance < steps
             pl.when(is_wanted)(lambda: pl.semaphore_signal(handed_over, core_index=1 - core))
 
-    # Rows must be in memory before their buffer is used again, two steps later, and before they are fetched again.
+    # Rows must be in memory before their buffer is used again, two steps later, and before they are fetched again. That
+    # is turns // cores steps later; cores that told each other later than that would wait for each other for ever.
     lag = max(1, min(2, turns // cores))
     pl.when(step >= lag)(lambda: finish(step - lag))
 

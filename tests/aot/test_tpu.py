@@ -135,8 +135,8 @@ def scanned_alone(layer):
     ],
 )
 def test_gradient_of_a_scanned_stack_keeps_no_copy_of_the_weights(target, save, param_dtype, expected):
-    """The numbers are MiB: x of four layers, one layer's weights, dx in float32, x and dy. XLA's matmuls take 684 MiB
-    with float32 parameters, and on a 7x 770."""
+    """The numbers are MiB: x of four layers, one layer's weights, dx in float32, and x or dy. XLA's matmuls take 684
+    MiB with float32 parameters, and on a 7x 770."""
     config = dataclasses.replace(kernels("gemma2_2b", save), param_dtype=param_dtype)
     compiled = aot.compile_for(target, scanned_alone(make_layer(config)), params(config, LAYERS), inputs(config))
     assert compiled.temp_bytes <= expected * MIB
@@ -192,6 +192,14 @@ def test_gradients_under_vmap_are_lowered(mapped, save):
         for axis, argument in zip(mapped, (params(config), inputs(config, 40)))
     ]
     assert "geglu_gradients" in aot.compile_for(V5P, gradient_of_sum(layer), *arguments).text
+
+
+@pytest.mark.parametrize("save", ["input", slow("gate_up")])
+def test_kernels_are_lowered_also_with_64_bit_types(save):
+    config = dataclasses.replace(kernels("gemma2_2b", save), embed_dim=256, hidden_dim=512)
+    with jax.enable_x64(True):
+        compiled = aot.compile_for(V5P, gradient_of_sum(make_layer(config)), params(config), inputs(config, 40))
+    assert "geglu_gradients" in compiled.text
 
 
 def test_sequence_parallel_gradient_gathers_each_array_once():
