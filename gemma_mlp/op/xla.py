@@ -226,9 +226,11 @@ def _slice_size(op, params, x_BD, shard_F, saved):
 
 def _in_order(op):
     """Whether W_down's gradient has to come before those of W_gate and W_up, and dx after all of them: see the table of
-    barriers in this folder's README. With a mesh a v5p would gather x once more for it."""
+    barriers in this folder's README. On a v5p a mesh would gather x once more for it, and the kernel for `gate_up`
+    would take another [T, D]."""
     kind = target_device().device_kind
-    return kind == V7X or (kind in V5P and op.config.axis_rules is None)
+    alone = op.config.axis_rules is None and op.backend.weight_backward is None
+    return kind == V7X or (kind in V5P and alone)
 
 
 def residual_stream(op: Op, array_BD: Array) -> Array:
